@@ -1,0 +1,67 @@
+"""What `import moejax` offers: load a run and use it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jax import Array
+from jaxtyping import Int
+
+from moejax import config as configs
+from moejax.data.tokenizer import TOKENIZERS
+from moejax.model.sharded import Sharded, on_mesh
+from moejax.model.transformer import Output
+from moejax.parallel import mesh as meshes
+from moejax.serve.generate import generate_tokens
+from moejax.train.checkpoint import restore_weights
+
+
+class Model:
+    """A trained model on a mesh: `model(tokens)` gives its Output."""
+
+    def __init__(self, sharded: Sharded, weights: dict[str, Array]):
+        self.sharded, self.weights, self.config = sharded, weights, sharded.config
+        self.tokenizer = TOKENIZERS[self.config.data.tokenizer]()
+
+    def __call__(self, tokens: Int[np.ndarray | Array, "B T"]) -> Output:
+        """Output(logits "B T V", hidden "B T D", routing "L B T A", losses) as in evaluation.
+
+        Raises:
+            ConfigError: B is not a multiple of the mesh's batch shards.
+        """
+        shards = self.config.mesh.batch_shards()
+        if len(tokens) % shards:
+            raise configs.ConfigError([f"the number of sequences must be a multiple of the mesh's batch shards; got "
+                                       f"{len(tokens)} and {shards}; pad the batch, or load with mesh.data=1"])
+        return self.sharded.forward(self.weights, on_mesh(self.sharded.mesh, np.asarray(tokens, np.int32)))
+
+
+def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
+    """The newest weights of a run folder, on the mesh of its config or of the overrides, e.g. ["mesh.tensor=1"].
+
+    Raises:
+        ConfigError: no run folder, no checkpoint, or overrides that do not fit.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise configs.ConfigError([f"a run folder holds a config.json; {folder} has none; train it first"])
+    config, problems = configs.override(configs.from_json(path.read_text()), overrides)
+    problems += configs.check(config)
+    if problems:
+        raise configs.ConfigError(problems)
+    meshes.start(config.mesh)
+    sharded = Sharded(config, meshes.make_mesh(config.mesh))
+    return Model(sharded, restore_weights(Path(folder), sharded))
+
+
+def generate(
+    model: Model, prompts: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """The continuation of every prompt, without the prompt; greedy at temperature 0."""
+    tokens = [model.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    new = generate_tokens(model.sharded, model.weights, tokens, max_new_tokens, model.tokenizer.eot, temperature, top_p,
+                          seed)
+    return [model.tokenizer.decode(row) for row in new]
+
+

@@ -1,0 +1,98 @@
+"""The command line.  Subcommands import what they need when they run, so that `--help` needs no jax."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.config import ConfigError, load_config
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a config, or go on with its run folder."""
+    config = load_config(args.config, args.overrides)
+    from moejax.train.loop import train
+
+    record = train(config)
+    return {"run_dir": config.run_dir} | record
+
+
+def verify(args: argparse.Namespace) -> dict[str, Any]:
+    """Prove that meshes, dispatchers and microbatches give the same numbers."""
+    config = load_config(args.config, args.overrides)
+    from moejax.train.verify import verify
+
+    return verify(config, args.steps)
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    """Continue a prompt with a trained run."""
+    from moejax import api
+
+    model = api.load(args.run, args.overrides)
+    texts = api.generate(model, [args.prompt], args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    with (Path(args.run) / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": args.prompt, "text": texts[0]}) + "\n")
+    if not args.json:
+        print(args.prompt + texts[0])
+    return {"prompt": args.prompt, "text": texts[0]}
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's report.html with its curves."""
+    from moejax.train.report import write_report
+
+    path = write_report(Path(args.run))
+    if not args.json:
+        print(path)
+    return {"report": str(path)}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="moejax", description="Train, verify and use mixture-of-experts transformers.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(function: Callable[..., dict[str, Any]], *positional: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        for name in positional:
+            sub.add_argument(name, metavar=name.upper())
+        if function is not report:
+            sub.add_argument("overrides", nargs="*", metavar="path.to.field=value", help="change the config")
+        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
+        sub.set_defaults(function=function)
+        return sub
+
+    command(train, "config")
+    command(verify, "config").add_argument("--steps", type=int, default=2, help="training steps to compare (2)")
+    text = command(generate, "run", "prompt")
+    text.add_argument("--max-new-tokens", type=int, default=200)
+    text.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    text.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens up to this share (1)")
+    text.add_argument("--seed", type=int, default=0)
+    command(report, "run")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 it ran and failed, 2 what was asked for is wrong."""
+    args = parser().parse_args(argv)
+    try:
+        result = args.function(args)
+    except ConfigError as error:
+        print(f"moejax {args.command}: {len(error.problems)} problem{'s' * (len(error.problems) > 1)}\n{error}",
+              file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__module__.split(".")[0] != "moejax":
+            raise  # not one of ours to explain
+        print(f"moejax {args.command}: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(result))
+    return 0 if result.get("passed", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

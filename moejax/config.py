@@ -1,0 +1,407 @@
+"""The whole configuration: a frozen, hashable, typed tree, loaded from a small Python file.
+
+Sits at the bottom of the package and imports nothing of it (nor jax), so that every command can read a
+config at once.  `load_config` runs `config()` of a Python file, applies `path.to.field=value` overrides
+typed from the annotations, and reports every problem of both in one `ConfigError`.
+"""
+
+import dataclasses
+import difflib
+import json
+import runpy
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """Everything wrong with what the user asked for; `problems` holds one message per rule broken."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = list(problems)
+        super().__init__("\n".join(f"  - {problem}" for problem in self.problems))
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Mixture-of-experts layers.  A routing group is `group` tokens of one sequence and never spans devices."""
+
+    experts: int = 8
+    active: int = 2  # k: experts a token is sent to
+    hidden: int = 256  # width of one expert
+    shared: int = 0  # experts that every token passes, side by side with the routed ones
+    router: Literal["topk", "sigmoid", "expert_choice"] = "topk"
+    softmax: Literal["before", "after"] = "before"  # the choice of the k experts (router topk)
+    renormalise: bool = True  # the k combine weights sum to 1
+    scale: float = 1.0  # factor on the combine weights
+    expert_groups: int = 1  # group-limited routing: experts in this many groups,
+    active_groups: int = 1  # of which a token may use this many
+    group: int | None = None  # tokens in a routing group; None is the whole sequence
+    capacity_factor: float | None = 1.25  # None is dropless
+    eval_capacity_factor: float | None = None
+    priority: Literal["position", "score"] = "position"  # who keeps a seat when an expert is full
+    jitter: float = 0.0  # router inputs are multiplied by uniform(1 - jitter, 1 + jitter) in training
+    balance_loss: float = 0.01  # coefficient
+    balance_scope: Literal["group", "batch"] = "group"
+    z_loss: float = 0.001  # coefficient
+    bias_rate: float = 0.001  # step of the balancing bias (router sigmoid)
+    dispatcher: Literal["sorted", "blocked", "einsum"] = "sorted"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only transformer.  `pattern` is repeated over the layers: M is a MoE layer, D a dense one."""
+
+    layers: int = 4
+    pattern: str = "M"
+    d_model: int = 256
+    heads: int = 8
+    kv_heads: int = 1
+    head_dim: int = 32
+    hidden: int = 1024  # of dense layers
+    activation: Literal["gelu", "swiglu", "geglu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    vocab: int = 264
+    tied: bool = False
+    moe: MoE = field(default_factory=MoE)
+
+    def layer_kinds(self) -> str:
+        """One letter per layer: the pattern repeated to `layers` letters."""
+        return (self.pattern * self.layers)[: self.layers]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Length of every mesh axis; the product is the number of devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    tensor: int = 1
+    sequence: bool = False  # activations between blocks are split over `tensor` along the sequence
+    zero1: bool = False  # optimizer state is split over `data`
+    fake_devices: int = 0  # this many CPU devices in one process; 0 uses what the machine has
+
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.pipeline * self.expert * self.tensor
+
+    def batch_shards(self) -> int:
+        return self.data * self.fsdp * self.expert
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text in, batches out.  A batch is a function of (seed, step) alone."""
+
+    sources: tuple[str, ...] = ("stdlib",)  # files, folders, globs, .jsonl[.gz|.zst], or "stdlib"
+    tokenizer: Literal["bytes"] = "bytes"
+    sequence: int = 256  # tokens
+    batch: int = 16  # sequences in a step, over all devices and microbatches
+    validation: float = 0.02  # share of the documents
+    seed: int = 0
+    cache: str = "runs/cache"
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
+    lr: float = 3e-4
+    schedule: Literal["cosine", "wsd", "rsqrt"] = "cosine"
+    warmup: int = 100  # steps
+    decay: float = 0.2  # share of the steps in which wsd goes down
+    final_lr: float = 0.1  # as a share of lr
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip: float = 1.0  # global norm; 0 is off
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = 200  # steps
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 400
+    microbatches: int = 1
+    seed: int = 0
+    compute: Literal["bfloat16", "float32"] = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+    eval_every: int = 100  # steps
+    eval_batches: int = 8
+    log_every: int = 10  # steps between lines on the terminal
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = ""  # the config file's name when empty
+    run_dir: str = ""  # runs/<name> when empty
+    model: Model = field(default_factory=Model)
+    mesh: Mesh = field(default_factory=Mesh)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """The checked config of a Python file that defines `config() -> Config`.
+
+    Args:
+        path: the file, e.g. "configs/demo.py".
+        overrides: "path.to.field=value" strings; a value is read by the field's annotation.
+    Raises:
+        ConfigError: the file is missing or gives no Config, or any override or rule is wrong (all at once).
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] or [""], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near and near[0] else ""
+        raise ConfigError([f"a config is a Python file; {path} does not exist{hint}"])
+    try:
+        config = runpy.run_path(str(path))["config"]()
+    except KeyError:
+        raise ConfigError([f"a config file defines config() -> Config; {path} does not"]) from None
+    except (SyntaxError, TypeError, NameError, ImportError) as error:
+        raise ConfigError([f"{path} does not run: {type(error).__name__}: {error}"]) from None
+    if not isinstance(config, Config):
+        raise ConfigError([f"config() returns a moejax Config; that of {path} returns a {type(config).__name__}"])
+    if not config.name:
+        config = dataclasses.replace(config, name=path.stem)
+    config, problems = override(config, overrides)
+    if not config.run_dir:
+        config = dataclasses.replace(config, run_dir=f"runs/{config.name}")
+    problems += check(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def override(config: Config, overrides: typing.Sequence[str]) -> tuple[Config, list[str]]:
+    """The config with "path.to.field=value" applied, and the problems of those that could not be."""
+    problems, fields = [], dict(leaves(config))
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals:
+            problems.append(f"an override is path.to.field=value; got {text!r}")
+        elif path not in fields:
+            near = difflib.get_close_matches(path, fields, 1, 0.5)
+            near = near or [name for name in fields if name.split(".")[-1] == path.split(".")[-1]]
+            hint = f"; did you mean {near[0]}?" if near else f"; fields are {', '.join(fields)}"
+            problems.append(f"unknown field {path!r}{hint}")
+        else:
+            try:
+                config = put(config, path.split("."), parse(value, fields[path][0]))
+            except ValueError:
+                problems.append(f"{path} takes {kind_name(fields[path][0])}; got {value!r}")
+    return config, problems
+
+
+def leaves(node: Any, prefix: str = "") -> typing.Iterator[tuple[str, tuple[Any, Any]]]:
+    """(dotted path, (annotation, value)) of every field that is not itself a tree."""
+    hints = typing.get_type_hints(type(node))
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(hints[f.name]) and dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, (hints[f.name], value)
+
+
+def put(node: Any, path: list[str], value: Any) -> Any:
+    if len(path) > 1:
+        value = put(getattr(node, path[0]), path[1:], value)
+    return dataclasses.replace(node, **{path[0]: value})
+
+
+def parse(text: str, kind: Any) -> Any:
+    """The value that `text` spells for an annotation.  Raises ValueError if it spells none."""
+    if typing.get_origin(kind) is types.UnionType:
+        options = typing.get_args(kind)
+        if text.lower() in ("none", "null") and type(None) in options:
+            return None
+        return parse(text, next(option for option in options if option is not type(None)))
+    if typing.get_origin(kind) is Literal:
+        if text not in typing.get_args(kind):
+            raise ValueError
+        return text
+    if typing.get_origin(kind) is tuple:
+        return tuple(parse(part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}[text.lower()] if text.lower() in (
+            "true", "false", "1", "0") else parse("", int)
+    return kind(text)
+
+
+def kind_name(kind: Any) -> str:
+    """An annotation in words, for messages."""
+    if typing.get_origin(kind) is types.UnionType:
+        return " or ".join(kind_name(option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "values separated by commas"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return names.get(kind, str(kind))
+
+
+def fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is types.UnionType:
+        return any(fits(value, option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(fits(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def check(config: Config) -> list[str]:
+    """Every rule that the config breaks: the rule, both values, the repair.  Empty when it is good."""
+    wrong = [f"{path} takes {kind_name(kind)}; got {value!r}"
+             for path, (kind, value) in leaves(config) if not fits(value, kind)]
+    if wrong:  # the rules below compute with the values
+        return wrong
+    return check_ranges(config) + check_model(config) + check_mesh(config)
+
+
+def check_ranges(config: Config) -> list[str]:
+    positive = ("model.layers model.d_model model.heads model.kv_heads model.head_dim model.hidden model.vocab "
+                "model.moe.experts model.moe.active model.moe.hidden model.moe.group model.moe.capacity_factor "
+                "model.moe.eval_capacity_factor mesh.data mesh.fsdp mesh.pipeline mesh.expert mesh.tensor "
+                "data.sequence data.batch optimizer.lr train.steps train.microbatches train.eval_every "
+                "train.eval_batches train.log_every checkpoint.every checkpoint.keep").split()
+    shares = "data.validation optimizer.decay optimizer.final_lr optimizer.b1 optimizer.b2 model.moe.jitter".split()
+    problems = []
+    for path, (kind, value) in leaves(config):
+        if path in positive and value is not None and not value > 0:
+            problems.append(f"{path} must be above 0; got {value}; set it to 1 or more")
+        elif path in shares and not 0 <= value <= 1:
+            problems.append(f"{path} must lie between 0 and 1; got {value}")
+        elif isinstance(value, (int, float)) and not value >= 0:
+            problems.append(f"{path} must not be negative; got {value}")
+    return problems
+
+
+def check_model(config: Config) -> list[str]:
+    model, moe = config.model, config.model.moe
+    problems = []
+
+    def rule(holds: bool, message: str) -> None:
+        if not holds:
+            problems.append(message)
+
+    def divides(small: int, large: int) -> bool:
+        return small > 0 and large % small == 0
+
+    rule(bool(model.pattern) and set(model.pattern) <= set("MD"),
+         f"model.pattern is made of M (MoE layer) and D (dense layer); got {model.pattern!r}")
+    rule(divides(model.kv_heads, model.heads),
+         f"model.kv_heads must divide model.heads; got {model.kv_heads} and {model.heads}; "
+         f"set model.kv_heads to one of {divisors(model.heads)}")
+    rule(model.head_dim % 2 == 0,
+         f"model.head_dim must be even for the rotary embedding; got {model.head_dim}")
+    rule(model.vocab >= 257,
+         f"model.vocab must hold the byte tokenizer's 257 tokens; got {model.vocab}; set model.vocab=264")
+    if "M" not in model.layer_kinds():
+        return problems
+    rule(moe.active <= moe.experts,
+         f"model.moe.active must not exceed model.moe.experts; got {moe.active} and {moe.experts}")
+    rule(divides(moe.expert_groups, moe.experts),
+         f"model.moe.expert_groups must divide model.moe.experts; got {moe.expert_groups} and {moe.experts}; "
+         f"set model.moe.expert_groups to one of {divisors(moe.experts)}")
+    rule(1 <= moe.active_groups <= moe.expert_groups,
+         f"model.moe.active_groups must lie between 1 and model.moe.expert_groups; "
+         f"got {moe.active_groups} and {moe.expert_groups}")
+    rule(moe.active * moe.expert_groups <= moe.active_groups * moe.experts,
+         f"the active groups must hold model.moe.active experts; {moe.active_groups} of {moe.expert_groups} groups "
+         f"hold {moe.active_groups * moe.experts // max(moe.expert_groups, 1)}, active is {moe.active}; "
+         "raise model.moe.active_groups")
+    rule(moe.group is None or divides(moe.group, config.data.sequence),
+         f"model.moe.group must divide data.sequence; got {moe.group} and {config.data.sequence}; "
+         f"set model.moe.group to one of {divisors(config.data.sequence)}")
+    rule(moe.router != "expert_choice" or moe.capacity_factor is not None,
+         "router expert_choice fills every expert to its capacity; model.moe.capacity_factor is none; set it to 1.0")
+    rule(moe.router != "expert_choice" or moe.expert_groups == 1,
+         f"router expert_choice knows no expert groups; model.moe.expert_groups is {moe.expert_groups}; set it to 1")
+    return problems
+
+
+def check_mesh(config: Config) -> list[str]:
+    model, moe, mesh, data = config.model, config.model.moe, config.mesh, config.data
+    kinds = model.layer_kinds()
+    divided = [("model.heads", model.heads, "tensor"), ("model.vocab", model.vocab, "tensor"),
+               ("model.d_model", model.d_model, "fsdp")]
+    if "D" in kinds:
+        divided.append(("model.hidden", model.hidden, "tensor"))
+    if "M" in kinds:
+        divided += [("model.moe.hidden", moe.hidden, "tensor"), ("model.moe.experts", moe.experts, "expert")]
+    if mesh.sequence:
+        divided.append(("data.sequence", data.sequence, "tensor"))
+    problems = []
+    for name, size, axis in divided:
+        length = getattr(mesh, axis)
+        if length > 0 and size % length:
+            problems.append(f"mesh.{axis} must divide {name}; got {length} and {size}; "
+                            f"set mesh.{axis} to one of {divisors(size)}, or {name}={up(size, length)}")
+    if mesh.tensor > 0 and model.kv_heads % mesh.tensor and mesh.tensor % model.kv_heads:
+        problems.append("of mesh.tensor and model.kv_heads one must divide the other (KV heads are split or repeated); "
+                        f"got {mesh.tensor} and {model.kv_heads}")
+    shards = mesh.batch_shards() * config.train.microbatches
+    if shards > 0 and data.batch % shards:
+        problems.append(
+            "data.batch must be a multiple of mesh.data × mesh.fsdp × mesh.expert × train.microbatches; "
+            f"got {data.batch} and {mesh.data} × {mesh.fsdp} × {mesh.expert} × {config.train.microbatches} = {shards}; "
+            f"set data.batch={up(data.batch, shards)}")
+    if mesh.fake_devices and mesh.fake_devices != mesh.devices():
+        problems.append(
+            "the mesh axes must multiply to mesh.fake_devices; "
+            f"got {' × '.join(f'{a} {getattr(mesh, a)}' for a in ('data', 'fsdp', 'pipeline', 'expert', 'tensor'))} "
+            f"= {mesh.devices()} and {mesh.fake_devices}; set mesh.fake_devices={mesh.devices()}")
+    if mesh.pipeline > 1:
+        problems.append(f"no pipeline schedule exists yet; mesh.pipeline is {mesh.pipeline}; set mesh.pipeline=1")
+    return problems
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote.  Raises ConfigError on fields that this version does not know."""
+    problems: list[str] = []
+
+    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+        hints, known = typing.get_type_hints(cls), {}
+        for key, value in values.items():
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, 1)
+                problems.append(f"unknown field {prefix + key!r}" + (f"; did you mean {prefix + near[0]}?" if near else ""))
+            elif dataclasses.is_dataclass(hints[key]):
+                known[key] = build(hints[key], value, f"{prefix}{key}.")
+            else:
+                known[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**known)
+
+    config = build(Config, json.loads(text), "")
+    problems += [] if problems else check(config)
+    if problems:
+        raise ConfigError(problems)
+    return config

@@ -1,0 +1,33 @@
+"""Keys and values kept between decoding steps."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from moejax import config as configs
+
+
+class Cache(NamedTuple):
+    """One layer's keys and values; `Transformer.cache` stacks them over layers in front."""
+
+    k: Float[Array, "*L B S K H"]
+    v: Float[Array, "*L B S K H"]
+
+    def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]) -> "Cache":
+        """With T new positions of every sequence, which follow one another from positions[:, 0]."""
+
+        def put(old: Array, new: Array) -> Array:
+            def row(o: Array, n: Array, at: Array) -> Array:
+                return lax.dynamic_update_slice_in_dim(o, n, at, 0)
+            return jax.vmap(row)(old, new.astype(old.dtype), positions[:, 0])
+
+        return Cache(put(self.k, k), put(self.v, v))
+
+
+def empty(model: configs.Model, layers: int, batch: int, length: int, tensor: int, dtype: jnp.dtype) -> Cache:
+    """Zeros for `layers` stacked layers on one device; a KV head that several shards need is kept on each."""
+    shape = (layers, batch, length, max(model.kv_heads // tensor, 1), model.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -1,0 +1,59 @@
+"""The feed-forward half of a block with experts: route, dispatch, add the shared experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from moejax import config as configs
+from moejax.model.dispatch import DISPATCHERS, Experts
+from moejax.model.layers import MLP, Pass
+from moejax.model.router import Losses, Routing, capacity, route
+from moejax.model.weights import Bias, Weights, use
+from moejax.parallel import collectives
+
+
+class MoELayer(nnx.Module):
+    def __init__(self, w: Weights, model: configs.Model):
+        moe = model.moe
+        experts = w.sized(hidden=moe.hidden)
+        self.router = w("embed -> choice")
+        self.bias = w("choice", 0.0, Bias)
+        self.up = experts("expert: embed -> gate hidden")
+        self.down = experts("expert: hidden -> embed")
+        self.shared = MLP(w.sized(hidden=moe.shared * moe.hidden), model) if moe.shared else None
+        self.moe, self.activation = moe, model.activation
+
+    def __call__(self, x: Float[Array, "B T D"], run: Pass) -> tuple[Float[Array, "B T D"], tuple[Routing, Losses]]:
+        inside = collectives.enter(x, run.sequence)
+        # Unless the sequence is split, routers see x before it is marked as work for every tensor shard: the decision
+        # and its gradient are computed alike everywhere, without communication.
+        seen = inside if run.sequence else x
+        batch, tokens, size = seen.shape
+        group = min(self.moe.group or tokens, tokens) if run.drop else tokens
+        routing, losses, seats = self.decide(seen.reshape(-1, group, size), run)
+        experts = Experts(use(self.up, run.dtype), use(self.down, run.dtype), self.activation)
+        y = DISPATCHERS[self.moe.dispatcher](inside.reshape(-1, group, size), routing, seats, experts)
+        y = y.reshape(batch, tokens, size)
+        if self.shared is not None:
+            y = y + self.shared(inside, run)
+        per_sequence = Routing(*(part.reshape(batch, tokens, -1) for part in routing))
+        return collectives.leave(y, run.sequence), (per_sequence, losses)
+
+    def decide(self, x: Float[Array, "R M D"], run: Pass) -> tuple[Routing, Losses, int]:
+        h = x.astype(jnp.float32)
+        if run.training and self.moe.jitter:
+            h = h * self.noise(h, run)
+        logits = jnp.einsum("rmd,de->rme", h, use(self.router, jnp.float32))
+        seats = capacity(self.moe, x.shape[1], run.training) if run.drop else x.shape[1]
+        routing, losses = route(logits, self.bias[...], self.moe, seats)
+        return routing, losses, seats
+
+    def noise(self, h: Float[Array, "R M D"], run: Pass) -> Float[Array, "R M D"]:
+        """Switch's input jitter (arXiv 2101.03961 section 2.3), drawn per sample so that no layout changes it."""
+        groups = h.shape[0] // run.rows.shape[0]
+        keys = jax.vmap(lambda row: jax.random.fold_in(run.key, row))(run.rows)
+        low, high = 1 - self.moe.jitter, 1 + self.moe.jitter
+        draw = jax.vmap(lambda key: jax.random.uniform(key, (groups * h.shape[1], h.shape[2]), jnp.float32, low, high))
+        return draw(keys).reshape(h.shape)

@@ -1,0 +1,190 @@
+"""Who goes where: routers turn logits into a `Routing`, which every dispatcher carries out.
+
+All decisions are taken within a routing group (M tokens of one sequence), so they know nothing of the mesh, the
+microbatch or the other sequences.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from moejax import config as configs
+from moejax.parallel import collectives
+from moejax.parallel.axes import BATCH
+
+
+class Routing(NamedTuple):
+    """A choices per token; a choice that found its expert full is not kept and adds nothing."""
+
+    expert: Int[Array, "R M A"]
+    weight: Float[Array, "R M A"]
+    slot: Int[Array, "R M A"]  # place in the expert's queue, from 0
+    kept: Bool[Array, "R M A"]
+
+
+class Losses(NamedTuple):
+    """Of one layer on one device; means over its groups or tokens, and counts of choices."""
+
+    balance: Float[Array, ""]
+    z: Float[Array, ""]
+    load: Float[Array, " E"]  # choices of each expert, before capacity
+    dropped: Float[Array, ""]  # choices that found no seat
+
+
+def capacity(moe: configs.MoE, tokens: int, training: bool) -> int:
+    """Seats of an expert in a group: ceil(tokens × active / experts × factor), arXiv 2101.03961 section 2.2.
+
+    Without a factor every token could come, so all have a seat; expert_choice fills its seats, so it keeps to the
+    factor of training.
+    """
+    factor = moe.capacity_factor if training else moe.eval_capacity_factor
+    if moe.router == "expert_choice" and factor is None:
+        factor = moe.capacity_factor
+    if factor is None:
+        return tokens
+    # Rounded first: 10 × 1.1 is 11.000000000000002 in floating point, which is 11 seats and not 12.
+    return min(tokens, max(1, math.ceil(round(tokens * moe.active / moe.experts * factor, 6))))
+
+
+def route(
+    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
+) -> tuple[Routing, Losses]:
+    """The decisions of one layer, and what they cost.
+
+    Args:
+        logits: of the router, float32.
+        bias: added to the scores for the choice only (router sigmoid).
+        seats: of every expert in every group.
+    """
+    expert, weight, scores = ROUTERS[moe.router](logits, bias, moe, seats)
+    if moe.router == "expert_choice":
+        slot = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1, stable=True)
+        routing = Routing(expert, weight, slot.astype(jnp.int32), slot < seats)
+        chosen = routing.kept
+    else:
+        slot = queue(expert, weight, moe)
+        routing = Routing(expert, weight, slot, slot < seats)
+        chosen = jnp.ones_like(routing.kept)
+    return routing, losses(logits, scores, routing, chosen, moe)
+
+
+def topk(
+    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
+) -> tuple[Array, Array, Array]:
+    """Softmax before or after choosing k: k = 1 is Switch (arXiv 2101.03961), k = 2 GShard (arXiv 2006.16668)."""
+    scores = jax.nn.softmax(logits, -1)
+    if moe.softmax == "after":
+        best, expert = top(limit(logits, moe), moe.active)
+        return expert, jax.nn.softmax(best, -1) * moe.scale, scores
+    weight, expert = top(limit(scores, moe), moe.active)
+    return expert, normalise(weight, moe), scores
+
+
+def sigmoid(
+    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
+) -> tuple[Array, Array, Array]:
+    """Independent scores, balanced by a bias on the choice alone (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    scores = jax.nn.sigmoid(logits)
+    _, expert = top(limit(scores + bias, moe), moe.active)
+    weight = jnp.take_along_axis(scores, expert, -1)
+    return expert, normalise(weight, moe), scores / jnp.sum(scores, -1, keepdims=True)
+
+
+def expert_choice(
+    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
+) -> tuple[Array, Array, Array]:
+    """Every expert takes the tokens that score highest with it (arXiv 2202.09368): each token "chooses" all experts,
+    and the seats decide.  It looks ahead in the sequence, so it trains but does not generate.
+    """
+    scores = jax.nn.softmax(logits, -1)
+    expert = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
+    return expert, scores * moe.scale, scores
+
+
+ROUTERS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
+    "topk": topk, "sigmoid": sigmoid, "expert_choice": expert_choice}
+
+
+def top(scores: Float[Array, "R M E"], k: int) -> tuple[Float[Array, "R M A"], Int[Array, "R M A"]]:
+    """The k highest scores, highest first, the lower index first among equals."""
+    if k > 4:
+        best, index = jax.lax.top_k(scores, k)
+        return best, index.astype(jnp.int32)
+    # A few passes over the experts are several times faster on a CPU than the sort inside top_k.
+    chosen, rest = [], jax.lax.stop_gradient(scores)
+    for _ in range(k):
+        chosen.append(jnp.argmax(rest, -1).astype(jnp.int32))
+        rest = jnp.where(jax.nn.one_hot(chosen[-1], scores.shape[-1], dtype=bool), -jnp.inf, rest)
+    index = jnp.stack(chosen, -1)
+    return pick(scores, index), index
+
+
+def pick(scores: Float[Array, "R M E"], index: Int[Array, "R M A"]) -> Float[Array, "R M A"]:
+    """scores at index, by comparison: its gradient is a sum, where that of a gather is a scatter."""
+    hit = index[..., None] == jnp.arange(scores.shape[-1])
+    return jnp.sum(jnp.where(hit, scores[..., None, :], 0), -1)
+
+
+def limit(scores: Float[Array, "R M E"], moe: configs.MoE) -> Float[Array, "R M E"]:
+    """Group-limited routing (DeepSeek-V3): only the experts of the groups whose two best scores sum highest remain."""
+    if moe.active_groups == moe.expert_groups:
+        return scores
+    grouped = scores.reshape(*scores.shape[:-1], moe.expert_groups, -1)
+    best = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], -1)
+    _, index = jax.lax.top_k(best, moe.active_groups)
+    open_ = jnp.any(index[..., None] == jnp.arange(moe.expert_groups), -2)
+    return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores.shape)
+
+
+def normalise(weight: Float[Array, "R M A"], moe: configs.MoE) -> Float[Array, "R M A"]:
+    if moe.renormalise:
+        weight = weight / jnp.sum(weight, -1, keepdims=True)
+    return weight * moe.scale
+
+
+def queue(expert: Int[Array, "R M A"], weight: Float[Array, "R M A"], moe: configs.MoE) -> Int[Array, "R M A"]:
+    """Each choice's place in its expert's queue: all first choices, then all second ones (GShard, algorithm 1), each
+    in the order of the tokens (`position`) or of their best weight (`score`, arXiv 2106.05974 section 4).
+    """
+    groups, tokens, active = expert.shape
+    order = None
+    if moe.priority == "score":
+        order = jnp.argsort(-jax.lax.stop_gradient(weight[..., 0]), axis=1, stable=True)
+        expert = jnp.take_along_axis(expert, order[..., None], 1)
+    line = expert.transpose(0, 2, 1).reshape(groups, active * tokens)
+    slot = places(line, moe.experts).reshape(groups, active, tokens).transpose(0, 2, 1)
+    if order is not None:
+        slot = jnp.take_along_axis(slot, jnp.argsort(order, axis=1)[..., None], 1)
+    return slot
+
+
+def places(line: Int[Array, "R Q"], experts: int) -> Int[Array, "R Q"]:
+    """How many earlier entries of the line equal each entry."""
+    hit = (line[..., None] == jnp.arange(experts)).astype(jnp.int32)
+    before = jnp.cumsum(hit, axis=1) - hit
+    return jnp.sum(before * hit, -1).astype(jnp.int32)
+
+
+def losses(
+    logits: Float[Array, "R M E"], scores: Float[Array, "R M E"], routing: Routing,
+    chosen: Bool[Array, "R M A"], moe: configs.MoE,
+) -> Losses:
+    """Balance loss E·Σ f·P (arXiv 2101.03961 equations 4 to 6; f counts all k choices and sums to 1, so balanced is 1),
+    z-loss (arXiv 2202.08906 equation 5), load and drops.
+    """
+    hit = (routing.expert[..., None] == jnp.arange(moe.experts)) & chosen[..., None]
+    count = jnp.sum(hit, (1, 2)).astype(jnp.float32)  # R E
+    total = jnp.sum(count, -1, keepdims=True)
+    share, mean = count / total, jnp.mean(scores, 1)
+    if moe.balance_scope == "batch":
+        sums = collectives.total((jnp.sum(count, 0), jnp.sum(total), jnp.mean(mean, 0), jnp.ones_like(total[0, 0])), BATCH)
+        share, mean = (sums[0] / sums[1])[None], (sums[2] / sums[3])[None]
+    balance = moe.experts * jnp.mean(jnp.sum(share * mean, -1))
+    z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, -1)))
+    dropped = jnp.sum((chosen & ~routing.kept).astype(jnp.float32))
+    return Losses(balance, z, jnp.sum(count, 0), dropped)

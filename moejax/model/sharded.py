@@ -1,0 +1,101 @@
+"""A model on a mesh: where its weights lie, how they start, and how a function of one device becomes a program."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
+
+from moejax import config as configs
+from moejax.model import transformer, weights
+from moejax.model.layers import Pass
+from moejax.model.router import Losses, Routing
+from moejax.model.transformer import Output, Transformer
+from moejax.parallel import axes, collectives
+
+
+class Sharded:
+    """One config's model on one mesh.  Weights are a flat dict, name -> array, placed by `shardings`."""
+
+    def __init__(self, config: configs.Config, mesh: jax.sharding.Mesh):
+        self.config, self.mesh = config, mesh
+        self.module = transformer.abstract(config.model)
+        variables = weights.flatten(self.module)
+        self.axes = {name: variable.axes for name, variable in variables.items()}
+        self.shapes = {name: variable.shape for name, variable in variables.items()}
+        self.trainable = weights.trainable(self.module)
+        self.specs = {name: axes.spec(self.axes[name], self.shapes[name], mesh.shape) for name in self.axes}
+
+    @property
+    def shardings(self) -> dict[str, NamedSharding]:
+        return {name: NamedSharding(self.mesh, spec) for name, spec in self.specs.items()}
+
+    def init(self, seed: int) -> dict[str, Array]:
+        """Fresh weights, the same on every mesh."""
+
+        def make() -> dict[str, Array]:
+            made = weights.flatten(Transformer(self.config.model, jax.random.key(seed)))
+            return {name: variable[...] for name, variable in made.items()}
+
+        return jax.jit(make, out_shardings=self.shardings)()
+
+    def parameters(self) -> tuple[int, int]:
+        """How many there are: all, and those that work on a token."""
+        moe, count, active = self.config.model.moe, 0, 0
+        for name, shape in self.shapes.items():
+            size = jnp.size(jax.ShapeDtypeStruct(shape, jnp.float32))
+            count += size
+            active += size * moe.active // moe.experts if "expert" in axes.names(self.axes[name]) else size
+        return count, active
+
+    def program(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function(weights on this device, *inputs)` as a function of global arrays."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=(self.specs, *in_specs), out_specs=out_specs,
+                             check_vma=True)
+
+    def build(self, values: dict[str, Array]) -> Transformer:
+        return weights.assemble(self.module, values)
+
+    def run(self, **changes: Any) -> Pass:
+        """What a pass through the model is told by the config."""
+        return Pass(**{"dtype": jnp.dtype(self.config.train.compute), "sequence": self.config.mesh.sequence,
+                       "remat": self.config.train.remat} | changes)
+
+    @cached_property
+    def forward(self) -> Callable[[dict[str, Array], Int[Array, "B T"]], Output]:
+        """Logits, hidden states and routings of tokens as in evaluation; B a multiple of the batch shards."""
+        rows = axes.rows(self.mesh.shape)
+        stacked = P(None, *rows)
+
+        def device(values: dict[str, Array], tokens: Array) -> Output:
+            model, run = self.build(values), self.run(sequence=False, remat="none")
+            output, _ = model(tokens, run)
+            losses = output.losses and collectives.mean(output.losses)
+            return output._replace(logits=model.logits(output.hidden, run), losses=losses)
+
+        experts = "M" in self.config.model.layer_kinds()
+        out = Output(P(*rows, None, "tensor"), rows, Routing(*[stacked] * 4) if experts else None,
+                     Losses(*[P()] * 4) if experts else None)
+        return jax.jit(self.program(device, (rows,), out))
+
+    def flops_per_token(self) -> float:
+        """Matmul FLOPs of one token's forward pass: counted from the weights, and from the causal half of attention."""
+        model, moe = self.config.model, self.config.model.moe
+        count = 0.0
+        for name, text in self.axes.items():
+            if "->" in text and not text.startswith("vocab"):
+                share = moe.active / moe.experts if "expert" in axes.names(text) else 1
+                count += 2 * share * jnp.size(jax.ShapeDtypeStruct(self.shapes[name], jnp.float32))
+        if model.tied:
+            count += 2 * model.vocab * model.d_model
+        return count + model.layers * 4 * model.heads * model.head_dim * (self.config.data.sequence + 1) / 2
+
+
+def on_mesh(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Arrays whose first dimension is the batch, placed on the mesh."""
+    return jax.tree.map(partial(jax.device_put, device=NamedSharding(mesh, axes.rows(mesh.shape))), tree)

@@ -1,0 +1,182 @@
+"""The decoder-only transformer, as what one device does."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from moejax import config as configs
+from moejax.model import cache as caches
+from moejax.model.attention import Attention
+from moejax.model.cache import Cache
+from moejax.model.layers import DenseLayer, Norm, Pass
+from moejax.model.moe import MoELayer
+from moejax.model.router import Losses, Routing
+from moejax.model.weights import Weights, use
+from moejax.parallel import collectives
+
+FEEDS = {"M": MoELayer, "D": DenseLayer}  # by the letters of Model.pattern
+
+
+class Output(NamedTuple):
+    """Of a whole forward pass; `routing` is stacked over the MoE layers, [L B T A]."""
+
+    logits: Float[Array, "B T V"] | None
+    hidden: Float[Array, "B T D"]
+    routing: Routing | None
+    losses: Losses | None
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each added to what flows past (pre-norm)."""
+
+    def __init__(self, w: Weights, model: configs.Model, kind: str):
+        self.attention_norm = Norm(w, model)
+        self.attention = Attention(w, model)
+        self.feed_norm = Norm(w, model)
+        self.feed = FEEDS[kind](w, model)
+
+    def __call__(self, x: Array, positions: Array, run: Pass, cache: Cache | None) -> tuple[Array, Cache | None, Any]:
+        y, cache = self.attention(self.attention_norm(x), positions, run, cache)
+        x = x + y
+        y, decisions = self.feed(self.feed_norm(x), run)
+        return x + y, cache, decisions
+
+
+class Transformer(nnx.Module):
+    """Weights are stacked by runs of equal layers, and each run is one `lax.scan`: depth costs no compile time."""
+
+    def __init__(self, model: configs.Model, key: Array):
+        w = Weights(model, key)
+        self.embedding = w("vocab -> embed")
+        self.runs = nnx.List([
+            nnx.List([Block(w.layers(repeats), model, kind) for kind in unit]) for unit, repeats in runs(model)])
+        self.norm = Norm(w, model)
+        self.head = None if model.tied else w("embed -> vocab")
+        self.model = model
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], run: Pass, positions: Int[Array, "B T"] | None = None,
+        cache: list[list[Cache]] | None = None,
+    ) -> tuple[Output, list[list[Cache]] | None]:
+        """Hidden states after the last norm, and every routing; logits are `self.logits(hidden)`.
+
+        With a cache (from `self.cache`), tokens continue each sequence at `positions`.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x = self.embed(tokens, run)
+        decisions, caches_out, first = [], [], 0
+        for number, blocks in enumerate(self.runs):
+            old = cache[number] if cache is not None else [None] * len(blocks)
+            x, (new, found) = scan_blocks(list(blocks), x, positions, run, old, first)
+            first += len(blocks) * runs(self.model)[number][1]
+            caches_out.append(new)
+            decisions += [found] if found is not None else []
+        routing = losses = None
+        if decisions:
+            routing, losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *decisions)
+        return Output(None, self.norm(x), routing, losses), caches_out if cache is not None else None
+
+    def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Float[Array, "B T D"]:
+        """Each tensor shard looks up the tokens of its part of the vocabulary; the rest are zero and summed away."""
+        table = use(self.embedding, run.dtype)
+        local = tokens - collectives.index("tensor") * table.shape[0]
+        here = (local >= 0) & (local < table.shape[0])
+        x = jnp.where(here[..., None], jnp.take(table, jnp.where(here, local, 0), axis=0), 0)
+        return collectives.leave(x, run.sequence)
+
+    def output_weight(self, dtype: Any) -> Float[Array, "D V"]:
+        return use(self.embedding, dtype).T if self.head is None else use(self.head, dtype)
+
+    def logits(self, hidden: Float[Array, "B T D"], run: Pass) -> Float[Array, "B T V"]:
+        """This tensor shard's part of the vocabulary, float32."""
+        w = self.output_weight(run.dtype)
+        return jnp.einsum("btd,dv->btv", collectives.enter(hidden, run.sequence), w, preferred_element_type=jnp.float32)
+
+    def cache(self, batch: int, length: int, dtype: Any) -> list[list[Cache]]:
+        """Empty caches for `batch` sequences of up to `length` tokens on this device."""
+        tensor = lax.axis_size("tensor")
+        return [[caches.empty(self.model, repeats, batch, length, tensor, dtype) for _ in unit]
+                for unit, repeats in runs(self.model)]
+
+
+def scan_blocks(
+    blocks: list[Block], x: Array, positions: Array, run: Pass, cache: list[Cache | None], first: int
+) -> tuple[Array, tuple[list[Cache | None], Any]]:
+    """Stacked blocks, one after another, repeated along their stack.
+
+    Args:
+        first: number of the first layer, which names its random numbers.
+    Returns: x, (the caches, the decisions of the MoE layers stacked in layer order or None).
+    """
+    parts = [nnx.split(block) for block in blocks]
+    repeats = jax.tree.leaves(parts[0][1])[0].shape[0]
+    offsets = first + len(blocks) * jnp.arange(repeats)
+
+    def body(x: Array, inputs: Any) -> tuple[Array, Any]:
+        states, cache, offset = inputs
+        out = []
+        for i, (graph, _) in enumerate(parts):
+            here = run if run.key is None else replace(run, key=jax.random.fold_in(run.key, offset + i))
+            x, new, decisions = nnx.merge(graph, states[i])(x, positions, here, cache[i])
+            out.append((new, decisions))
+        return x, ([new for new, _ in out], [found for _, found in out if found is not None])
+
+    x, (cache, found) = lax.scan(remat(body, run.remat), x, ([state for _, state in parts], cache, offsets))
+    if not found:
+        return x, (cache, None)
+    # [repeats] of each block of the unit, to layer order
+    joined = jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]), *found)
+    return x, (cache, joined)
+
+
+def remat(body: Any, policy: str) -> Any:
+    """What the backward pass finds saved: everything, the matmuls' outputs (`dots`), or only the layer's input."""
+    if policy == "none":
+        return body
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(body, policy=keep, prevent_cse=False)
+
+
+def runs(model: configs.Model) -> list[tuple[str, int]]:
+    """The layers as the fewest repeated units: "DDDMMMM" is [("D", 3), ("M", 4)], "DMDMDM" is [("DM", 3)].
+
+    A unit has at most 8 layers; cost counts the letters that are compiled.
+    """
+    kinds = model.layer_kinds()
+    best: list[tuple[int, list[tuple[str, int]]]] = [(0, [])]
+    for end in range(1, len(kinds) + 1):
+        options = []
+        for width in range(1, min(8, end) + 1):
+            unit, repeats = kinds[end - width:end], 1
+            while True:
+                cost, before = best[end - width * repeats]
+                options.append((cost + width, [*before, (unit, repeats)]))
+                start = end - width * (repeats + 1)
+                if start < 0 or kinds[start:start + width] != unit:
+                    break
+                repeats += 1
+        best.append(min(options, key=lambda option: (option[0], len(option[1]))))
+    return best[-1][1]
+
+
+def abstract(model: configs.Model) -> Transformer:
+    """The model with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Transformer(model, jax.random.key(0)))
+
+
+def moe_layers(model: configs.Model) -> dict[str, list[int]]:
+    """Name of each stack of balancing biases -> the numbers of its layers among the MoE layers."""
+    kinds, found, first = model.layer_kinds(), {}, 0
+    for number, (unit, repeats) in enumerate(runs(model)):
+        for i, kind in enumerate(unit):
+            if kind == "M":
+                layers = [first + i + len(unit) * r for r in range(repeats)]
+                found[f"runs.{number}.{i}.feed.bias"] = [kinds[:layer].count("M") for layer in layers]
+        first += len(unit) * repeats
+    return found

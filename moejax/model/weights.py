@@ -1,0 +1,91 @@
+"""Weights, and the one legend of letters and axes for the whole package.
+
+Letters in shapes: B sequences, T tokens of a sequence, S key positions, D d_model, N query heads, K KV heads,
+G query heads per KV head, H head_dim, F hidden width, U gate (1 matrix into the hidden layer, or 2), V vocabulary,
+E experts, A active experts of a token, R routing groups, M tokens of a routing group, C capacity, L layers.
+Inside the model all of them are the sizes on one device.
+
+One string says all about a weight: `w("expert: embed -> gate hidden")` has batch axes before the colon, the axes
+it sums over before the arrow (their product is the init fan-in) and its output axes after it.  A weight without an
+arrow is a vector: it starts at a constant and does not decay.  Sizes come from the config, placement from
+parallel/axes.py.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from moejax import config as configs
+from moejax.parallel import axes as rules
+from moejax.parallel import collectives
+
+
+class Bias(nnx.Variable):
+    """A balancing bias: moved by the load of the experts, not by a gradient."""
+
+
+class Weights:
+    """Makes the weights of one model: `w(axes)` returns a float32 `nnx.Param` that remembers its axes."""
+
+    def __init__(self, model: configs.Model, key: Array, stack: int | None = None, sizes: dict[str, int] | None = None):
+        self.model, self.stack = model, stack
+        self.rngs = nnx.Rngs(key)
+        self.sizes = sizes or {
+            "embed": model.d_model, "norm": model.d_model, "heads": model.heads, "kv": model.kv_heads,
+            "head": model.head_dim, "hidden": model.hidden, "vocab": model.vocab,
+            "gate": 1 if model.activation == "gelu" else 2, "expert": model.moe.experts, "choice": model.moe.experts,
+        }
+
+    def layers(self, count: int) -> "Weights":
+        """The same, for `count` layers stacked along a first axis."""
+        return Weights(self.model, self.rngs.params(), count, self.sizes)
+
+    def sized(self, **sizes: int) -> "Weights":
+        return Weights(self.model, self.rngs.params(), self.stack, self.sizes | sizes)
+
+    def __call__(self, axes: str, constant: float | None = None, kind: type[nnx.Variable] = nnx.Param) -> Any:
+        sizes = self.sizes
+        if self.stack is not None:
+            axes, sizes = stacked(axes), sizes | {"layer": self.stack}
+        shape = tuple(sizes[name] for name in rules.names(axes))
+        if "->" not in axes:
+            return kind(jnp.full(shape, constant, jnp.float32), axes=axes)
+        fan_in = math.prod(sizes[name] for name in axes.split("->")[0].split(":")[-1].split())
+        if axes.startswith("vocab"):  # a lookup sums over nothing
+            fan_in = sizes["embed"]
+        draw = jax.random.truncated_normal(self.rngs.params(), -3, 3, shape, jnp.float32)
+        return kind(draw * fan_in**-0.5, axes=axes)
+
+
+def stacked(axes: str) -> str:
+    if ":" in axes:
+        return f"layer {axes}"
+    return f"layer: {axes}" if "->" in axes else f"layer {axes}"
+
+
+def use(weight: Any, dtype: Any) -> Array:
+    """This device's shard of a weight in the compute type, whole along `embed`."""
+    dims = [name for name in rules.names(weight.axes) if name != "layer"]
+    value = weight[...].astype(dtype)
+    return collectives.gather(value, dims.index("embed")) if "embed" in dims else value
+
+
+def flatten(module: nnx.Module) -> dict[str, Any]:
+    """name -> `nnx.Variable` of every weight, in the order of the model, e.g. "layers.0.0.attention.q"."""
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def trainable(module: nnx.Module) -> dict[str, bool]:
+    return {name: not isinstance(variable, Bias) for name, variable in flatten(module).items()}
+
+
+def assemble(module: nnx.Module, values: dict[str, Array]) -> Any:
+    """The module with these values in place of its own."""
+    graph, state = nnx.split(module)
+    flat = [(path, variable.replace(values[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))

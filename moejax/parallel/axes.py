@@ -1,0 +1,68 @@
+"""The one table from the logical axes of weights to the axes of the mesh.
+
+A weight is described by a string such as "layer expert: embed -> gate hidden" (see model/weights.py); every
+name of such a string stands in RULES.  Everything that depends on the layout of a weight reads this table.
+"""
+
+from collections.abc import Mapping
+
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "pipeline", "expert", "tensor")
+BATCH = ("data", "fsdp", "expert")  # the batch is split over these three together
+
+RULES: dict[str, str | None] = {
+    "layer": "pipeline",
+    "vocab": "tensor",
+    "embed": "fsdp",  # gathered before use
+    "heads": "tensor",
+    "kv": "tensor",  # unless there are fewer KV heads than shards: then every shard holds all of them
+    "head": None,
+    "gate": None,
+    "hidden": "tensor",
+    "expert": "expert",
+    "choice": None,  # the router's output: every device decides alike
+    "norm": None,
+}
+
+
+def names(axes: str) -> tuple[str, ...]:
+    """The logical axis of every dimension, in order."""
+    return tuple(axes.replace(":", " ").replace("->", " ").split())
+
+
+def spec(axes: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
+    """How a weight lies on a mesh of these axis lengths.  An axis of length 1 splits nothing and is left out.
+
+    Raises:
+        ValueError: a dimension does not divide by its mesh axis; states both.
+    """
+    placed = []
+    for name, size in zip(names(axes), shape, strict=True):
+        axis = RULES[name] if mesh.get(RULES[name] or "", 1) > 1 else None
+        if name == "kv" and axis and size < mesh[axis]:
+            axis = None
+        if axis and size % mesh[axis]:
+            raise ValueError(f"axis {name} of {axes!r} has {size} entries, which {axis} {mesh[axis]} does not divide")
+        placed.append(axis)
+    return P(*placed)
+
+
+def rows(mesh: Mapping[str, int]) -> P:
+    """Of anything whose first dimension is the batch."""
+    return P(tuple(axis for axis in BATCH if mesh[axis] > 1) or None)
+
+
+def zero1_spec(place: P, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
+    """ZeRO-1 (arXiv 1910.02054): the first free dimension that divides is split over `data` as well."""
+    if mesh["data"] == 1:
+        return place
+    for dim, (axis, size) in enumerate(zip(place, shape, strict=True)):
+        if axis is None and size % mesh["data"] == 0:
+            return P(*place[:dim], "data", *place[dim + 1:])
+    return place
+
+
+def missing(place: P, over: tuple[str, ...] = BATCH) -> tuple[str, ...]:
+    """The axes among `over` that do not split a weight placed so: its gradient is summed over them."""
+    return tuple(axis for axis in over if axis not in place)

@@ -1,0 +1,107 @@
+"""Continue prompts with a KV cache, on the mesh of the model, as one program.
+
+Sequences of different lengths stand left-aligned; each decodes at its own position, overwriting the keys that its
+padding left in the cache before it could attend to them.  No expert drops a token here.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
+
+from moejax.config import ConfigError
+from moejax.model.sharded import Sharded, on_mesh
+from moejax.parallel import collectives
+from moejax.parallel.axes import rows
+from moejax.serve.sampling import sample
+
+BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+
+
+def generate_tokens(
+    sharded: Sharded, weights: dict[str, Array], prompts: Sequence[Sequence[int]], new: int, end: int | None = None,
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+) -> list[list[int]]:
+    """Up to `new` tokens after each prompt, without the prompt; a sequence stops after `end`.
+
+    Raises:
+        ConfigError: an empty prompt, wrong sampling values, or a router that looks ahead.
+    """
+    check(sharded, prompts, new, temperature, top_p)
+    length = -(-max(map(len, prompts)) // BUCKET) * BUCKET
+    shards = sharded.config.mesh.batch_shards()
+    count = -(-len(prompts) // shards) * shards
+    tokens = np.zeros((count, length), np.int32)
+    lengths = np.ones(count, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, :len(prompt)] = prompt
+        lengths[i] = len(prompt)
+    index = np.arange(count, dtype=np.int32)
+    inputs = on_mesh(sharded.mesh, (tokens, lengths, index))
+    options = (jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), jnp.int32(-1 if end is None else end))
+    out = np.asarray(program(sharded, new)(weights, *inputs, *options))[: len(prompts)].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in out]
+
+
+def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperature: float, top_p: float) -> None:
+    problems = []
+    if not prompts or not all(map(len, prompts)):
+        problems.append("a prompt has at least one token; got an empty one")
+    if new < 1:
+        problems.append(f"max_new_tokens must be 1 or more; got {new}")
+    if temperature < 0:
+        problems.append(f"temperature must not be negative; got {temperature}; 0 takes the likeliest token")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p must be above 0 and at most 1; got {top_p}")
+    model = sharded.config.model
+    if model.moe.router == "expert_choice" and "M" in model.layer_kinds():
+        problems.append("generation needs a router that does not look ahead; this model's is expert_choice, whose "
+                        "experts choose among all tokens of a sequence; train with router topk or sigmoid")
+    if problems:
+        raise ConfigError(problems)
+
+
+@lru_cache(maxsize=8)
+def program(sharded: Sharded, new: int) -> Any:
+    """jitted (weights, tokens "B T", lengths " B", index " B", options) -> tokens "B new"; after the end, `end`."""
+    row = rows(sharded.mesh.shape)
+
+    def device(values: dict[str, Array], tokens: Int[Array, "B T"], lengths: Int[Array, " B"], index: Int[Array, " B"],
+               temperature: Array, top_p: Array, key: Array, end: Array) -> Int[Array, "B new"]:
+        model = sharded.build(values)
+        run = sharded.run(sequence=False, remat="none", drop=False)
+        batch, length = tokens.shape
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+        def choose(hidden: Array, positions: Array) -> Array:
+            logits = collectives.everywhere(model.logits(hidden[:, None], run)[:, 0], 1)
+            return sample(logits, temperature, top_p, jax.vmap(jax.random.fold_in)(keys, positions))
+
+        def more(carry: Any) -> Array:
+            i, _, ended, _, _ = carry
+            return (i < new) & (collectives.total(jnp.sum(1 - ended), ("data", "fsdp", "expert")) > 0)
+
+        def decode(carry: Any) -> Any:
+            i, last, ended, out, cache = carry
+            at = lengths + i - 1
+            output, cache = model(last[:, None], run, at[:, None], cache)
+            token = jnp.where(ended == 1, end, choose(output.hidden[:, 0], at + 1))
+            return i + 1, token, ended | (token == end), out.at[:, i].set(token), cache
+
+        # Keys and values vary over `tensor` where heads are split, even before anything is written.
+        empty = collectives.vary(collectives.match(model.cache(batch, length + new, run.dtype), tokens), ("tensor",))
+        starts = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        output, cache = model(tokens, run, starts, empty)
+        final = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], 1)[:, 0]
+        first = choose(final, lengths)
+        out = collectives.match(jnp.full((batch, new), end, jnp.int32), tokens).at[:, 0].set(first)
+        ended = (first == end).astype(jnp.int32)
+        return lax.while_loop(more, decode, (1, first, ended, out, cache))[3]
+
+    return jax.jit(sharded.program(device, (row, row, row, P(), P(), P(), P()), row))

@@ -1,0 +1,60 @@
+"""Optimizers: optax's own, told by the axes of the weights what to decay and what to orthogonalise."""
+
+from collections.abc import Callable
+
+import optax
+from optax import contrib
+
+from moejax import config as configs
+from moejax.parallel.axes import names
+from moejax.train.lr import schedule
+
+Axes = dict[str, str]  # weight name -> its axes
+
+
+def matrices(axes: Axes) -> dict[str, bool]:
+    """Weights that sum over an axis; norms and biases do not."""
+    return {name: "->" in text for name, text in axes.items()}
+
+
+def adamw(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
+    return optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=matrices(axes))
+
+
+def adafactor(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
+    """arXiv 1804.04235 without momentum; decay is scaled by the learning rate as in AdamW."""
+    return optax.chain(
+        optax.adafactor(None, multiply_by_parameter_scale=False, eps=1e-30),
+        optax.scale(-1.0),  # optax's adafactor without a rate descends; below expects ascent
+        optax.add_decayed_weights(o.weight_decay, matrices(axes)),
+        optax.scale_by_learning_rate(rate))
+
+
+def muon(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
+    """Muon on the hidden matrices, layer by layer and expert by expert, at AdamW's update size (arXiv 2502.16982);
+    AdamW on embedding, head and vectors.
+    """
+    return contrib.muon(
+        rate, eps=o.eps, weight_decay=o.weight_decay, weight_decay_mask=matrices(axes), adam_b1=o.b1, adam_b2=o.b2,
+        adam_weight_decay=o.weight_decay, consistent_rms=0.2,
+        muon_weight_dimension_numbers={name: dimensions(text) for name, text in axes.items()})
+
+
+def dimensions(axes: str) -> contrib.MuonDimensionNumbers | None:
+    if "->" not in axes or "vocab" in axes:
+        return None
+    before, after = axes.split("->")
+    batch = names(before.split(":")[0]) if ":" in before else ()
+    every = names(axes)
+    source = tuple(i for i, name in enumerate(every) if name in names(before.split(":")[-1]) and name not in batch)
+    target = tuple(i for i, name in enumerate(every) if name in names(after) and name != "gate")
+    return contrib.MuonDimensionNumbers(source, target)
+
+
+OPTIMIZERS: dict[str, Callable[[configs.Optimizer, optax.Schedule, Axes], optax.GradientTransformation]] = {
+    "adamw": adamw, "adafactor": adafactor, "muon": muon}
+
+
+def make_optimizer(o: configs.Optimizer, steps: int, axes: Axes) -> optax.GradientTransformation:
+    """The optimizer of a config for weights with these axes.  Clipping is done by the step, which needs the norm."""
+    return OPTIMIZERS[o.name](o, schedule(o, steps), axes)

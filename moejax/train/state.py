@@ -1,0 +1,58 @@
+"""What a run is at one moment, and where each array of it lies."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.model.sharded import Sharded
+from moejax.parallel.axes import zero1_spec
+
+
+class State(NamedTuple):
+    step: Array  # steps done, int32
+    weights: dict[str, Array]  # with the balancing biases
+    optimizer: Any
+
+
+def optimizer_specs(sharded: Sharded) -> dict[str, P]:
+    """Placement of optimizer state (and of the gradients that feed it) by weight."""
+    specs = sharded.specs
+    if sharded.config.mesh.zero1:
+        specs = {name: zero1_spec(spec, sharded.shapes[name], sharded.mesh.shape) for name, spec in specs.items()}
+    return specs
+
+
+def trained(sharded: Sharded, weights: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in weights.items() if sharded.trainable[name]}
+
+
+def shardings(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
+    """NamedSharding of every array of the state."""
+    specs = optimizer_specs(sharded)
+
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
+        # Factored statistics have fewer dimensions than their weight; they are small and lie everywhere.
+        fits = names and leaf.shape == sharded.shapes[names[-1]]
+        return NamedSharding(sharded.mesh, specs[names[-1]] if fits else P())
+
+    optimizer_state = jax.tree_util.tree_map_with_path(place, abstract(sharded, optimizer).optimizer)
+    return State(NamedSharding(sharded.mesh, P()), sharded.shardings, optimizer_state)
+
+
+def abstract(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sharded.shapes.items()}
+    return State(jax.ShapeDtypeStruct((), jnp.int32), weights, jax.eval_shape(optimizer.init, trained(sharded, weights)))
+
+
+def fresh(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    weights = sharded.init(sharded.config.train.seed)
+    place = shardings(sharded, optimizer)
+    moments = jax.jit(optimizer.init, out_shardings=place.optimizer)(trained(sharded, weights))
+    return State(jax.device_put(jnp.zeros((), jnp.int32), place.step), weights, moments)
