@@ -11,6 +11,7 @@ import json
 import runpy
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -152,7 +153,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The checked config of a Python file that defines `config() -> Config`.
 
     Args:
@@ -185,7 +186,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     return config
 
 
-def override(config: Config, overrides: typing.Sequence[str]) -> tuple[Config, list[str]]:
+def override(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str]]:
     """The config with "path.to.field=value" applied, and the problems of those that could not be."""
     problems, fields = [], dict(leaves(config))
     for text in overrides:
@@ -205,7 +206,7 @@ def override(config: Config, overrides: typing.Sequence[str]) -> tuple[Config, l
     return config, problems
 
 
-def leaves(node: Any, prefix: str = "") -> typing.Iterator[tuple[str, tuple[Any, Any]]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
     """(dotted path, (annotation, value)) of every field that is not itself a tree."""
     hints = typing.get_type_hints(type(node))
     for f in dataclasses.fields(node):

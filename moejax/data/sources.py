@@ -1,0 +1,213 @@
+"""From `config.data.sources` to documents: which files they name, and the text in them.
+
+Sits between the config and `loader.py`.  Neither function stops at the first mistake: `find_files` hands back
+the problems it met, `documents` raises them together with those of the text.
+"""
+
+import glob
+import gzip
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moejax.config import ConfigError
+
+NOT_LIBRARY = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))
+SHOWN = 50  # problems in one error; a million bad lines would bury the first
+
+
+class File(NamedTuple):
+    """A file to read.  `name` is its path below its source, so that a moved folder keeps its names."""
+
+    name: str
+    path: Path
+    size: int  # bytes
+    mtime_ns: int
+    lenient: bool  # skip it silently if it is not UTF-8
+
+
+def find_files(sources: Sequence[str]) -> tuple[list[File], list[str]]:
+    """Every file that the sources name, once each and sorted by name, and the problems met.
+
+    Args:
+        sources: files, folders (all that is below, except hidden files and links to folders), globs (`**` goes
+            into folders), or the word "stdlib": the running Python's standard library without its tests.
+    """
+    found: dict[str, File] = {}
+    problems = [] if sources else ["data.sources must name at least one source; got none; set data.sources=stdlib"]
+    for source in sources:
+        before = len(problems)
+        root, paths = expand(source, problems)
+        files = [file for path in paths if (file := describe(path, root, source == "stdlib", problems))]
+        for file in files:
+            found.setdefault(os.path.realpath(file.path), file)
+        if len(problems) == before and not any(file.size for file in files):
+            problems.append(empty(source, root, len(files)))
+    return sorted(found.values()), problems
+
+
+def expand(source: str, problems: list[str]) -> tuple[Path, list[Path]]:
+    """The folder that a source's names start from, and the source's files."""
+    if source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        return root, [path for path in walk(root, problems, NOT_LIBRARY) if path.suffix == ".py"]
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):
+        return path.parent, [path]
+    if source and os.path.isdir(path):
+        return path, list(walk(path, problems))
+    root = next((parent for parent in path.parents if not set("*?[") & set(str(parent))), path)
+    return root, [Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
+
+
+def walk(root: Path, problems: list[str], skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The files below a folder, neither hidden, nor in a folder of a `skipped` name, nor pipes and the like."""
+    def closed(error: OSError) -> None:
+        problems.append(unreadable(error.filename, error))
+
+    for folder, folders, names in os.walk(root, onerror=closed):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
+        for name in names:
+            path = Path(folder, name)
+            # a broken link is neither file nor pipe; it goes on, and is reported as unreadable
+            if not name.startswith(".") and (path.is_file() or not path.exists()):
+                yield path
+
+
+def describe(path: Path, root: Path, lenient: bool, problems: list[str]) -> File | None:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        problems.append(unreadable(path, error))
+        return None
+    return File(path.relative_to(root).as_posix(), path, stat.st_size, stat.st_mtime_ns, lenient)
+
+
+def empty(source: str, root: Path, files: int) -> str:
+    """The problem of a source without text."""
+    if files:
+        return (f"a source must hold text; of {source!r} {'the file is' if files == 1 else f'all {files} files are'} "
+                "empty (0 bytes); write text there or take it out of data.sources")
+    if source == "stdlib" or (source and os.path.isdir(os.path.expanduser(source))):
+        return (f"a source must hold text; in the folder of {source!r} ({root}) no file was found (hidden ones do not "
+                "count); put text there or take it out of data.sources")
+    return ("a source must be a file, a folder, a glob or the word stdlib; "
+            f"{source!r} matches no file; correct it (relative paths start at {os.getcwd()})")
+
+
+def unreadable(path: Any, error: Exception) -> str:
+    return (f"every file of data.sources must be readable; {path} is not ({error}); "
+            "repair the file, or leave it out by naming the others with a glob")
+
+
+def documents(files: Sequence[File], problems: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
+    """(name, text) of every document that is not empty, in the order of the files.
+
+    A line of a .jsonl is a document under its file's name: without a line number in it, the documents keep
+    their names when a line is inserted above them.
+
+    Raises:
+        ConfigError: after the last file, with `problems` and all that is wrong in the files.  From the first
+            problem on, files are only checked and nothing is yielded.
+    """
+    problems = list(problems)
+    for file in files:
+        read = json_lines if file.path.name.endswith(tuple(READERS)) else whole_file
+        for text in read(file, problems):
+            if text and not problems:
+                yield file.name, text
+    if problems:
+        more = [f"and {len(problems) - SHOWN} more problems like these"] if len(problems) > SHOWN else []
+        raise ConfigError(problems[:SHOWN] + more)
+
+
+def whole_file(file: File, problems: list[str]) -> Iterator[str]:
+    """The text of a file as one document, byte for byte (line ends are not translated)."""
+    try:
+        text = file.path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        if not file.lenient:
+            problems.append(f"every text file must be UTF-8; {file.path} has byte 0x{error.object[error.start]:02x} at "
+                            f"byte offset {error.start}; convert it (iconv -t utf-8), or name the text files by a glob")
+    except OSError as error:
+        problems.append(unreadable(file.path, error))
+    else:
+        yield text
+
+
+def json_lines(file: File, problems: list[str]) -> Iterator[str]:
+    """The "text" of every line of a .jsonl, .jsonl.gz or .jsonl.zst; blank lines are skipped."""
+    read = next(reader for ending, reader in READERS.items() if file.path.name.endswith(ending))
+    try:
+        for number, line in enumerate(read(file.path), 1):
+            if line.strip():
+                try:
+                    yield line_text(line)
+                except (ValueError, RecursionError) as error:  # a deep enough [[[… recurses too deep
+                    problems.append(f'every line of a .jsonl must be a JSON object with a "text" string; '
+                                    f"{file.path}:{number} {error}; repair or delete the line")
+    except ImportError:
+        problems.append(f"a .jsonl.zst needs the optional package zstandard; {file.path} is one and the package is not "
+                        "installed; pip install zstandard")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.append(unreadable(file.path, error))
+
+
+def line_text(line: bytes) -> str:
+    """The "text" of one line.  Raises ValueError that says what the line is instead."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"has byte 0x{line[error.start]:02x} at byte offset {error.start}, not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg} at column {error.colno})") from None
+    match row:
+        case {"text": str(text)}:
+            return text
+        case {"text": other}:
+            raise ValueError(f'has a "text" of type {type(other).__name__}')
+        case dict():
+            raise ValueError(f"has the fields {[*row][:8]}")
+    raise ValueError(f"is of type {type(row).__name__}")
+
+
+def plain_lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as lines:
+        yield from lines
+
+
+def gzip_lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as lines:
+        yield from lines
+
+
+def zstd_lines(path: Path) -> Iterator[bytes]:
+    """Raises OSError where the file is damaged or cut short.
+
+    Frame by frame, because zstandard's own stream reader ends silently at a frame that is cut short.
+    """
+    import zstandard  # an optional extra
+
+    frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            while chunk:
+                if frame.eof:
+                    frame = zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+                except zstandard.ZstdError as error:
+                    raise OSError(str(error)) from None
+                yield from lines
+                chunk = frame.unused_data
+    yield rest
+    if not frame.eof:
+        raise OSError("the file ends in the middle of a frame")
+
+
+READERS: dict[str, Callable[[Path], Iterator[bytes]]] = {
+    ".jsonl": plain_lines, ".jsonl.gz": gzip_lines, ".jsonl.zst": zstd_lines}

@@ -1,0 +1,126 @@
+"""The record of a run: one JSON object per step in `metrics.jsonl`, mirrored to TensorBoard.
+
+The training loop writes it, in one process of the run; the report and the tests read it.  `metrics.jsonl` is
+the record and `tensorboard/` only its picture: a resume cuts the record back to the checkpoint's step, so
+that however often a run was killed, the record holds every step exactly once.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from tensorboardX import SummaryWriter
+
+from moejax.config import ConfigError
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends records to `run_dir/metrics.jsonl`.  Write a step's record before saving its checkpoint."""
+
+    def __init__(self, run_dir: Path, from_step: int = 0):
+        """Opens the log to go on after `from_step`: what it holds of later steps, or half-written, is dropped."""
+        board = Path(run_dir) / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
+        path = Path(run_dir) / FILE
+        if path.exists():
+            cut_back(path, from_step)
+        self.file = path.open("a", encoding="utf-8")
+        # The library names its files by the second: without the count a quick restart would overwrite one.
+        self.board = SummaryWriter(str(board), purge_step=from_step + 1, flush_secs=10,
+                                   filename_suffix=f".{len(list(board.iterdir()))}")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds the record of `record["step"]`; it is on disk, for any reader, when this returns."""
+        record = strict(record)
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.file.flush()
+        for tag, value in scalars(record).items():
+            self.board.add_scalar(tag, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run, [] where there are none yet; a number that was not finite reads None."""
+    return read_lines(Path(run_dir) / FILE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a torn last line is left out.  Raises ConfigError on damage before it."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        records = [parse(line) for line in file]
+    if records and records[-1] is None:
+        records.pop()
+    bad = [str(number) for number, record in enumerate(records, 1) if record is None]
+    if bad:
+        raise ConfigError([f"every line of {path} is one JSON object; line {', '.join(bad)} is not; delete it"])
+    return records
+
+
+def cut_back(path: Path, last_step: int) -> None:
+    """Rewrites the log without the steps after `last_step` and without torn lines, whole or not at all."""
+    fresh = path.with_suffix(".tmp")
+    with path.open(encoding="utf-8", errors="replace") as old, fresh.open("w", encoding="utf-8") as new:
+        for line in old:
+            record = parse(line)
+            if record is not None and record.get("step", math.inf) <= last_step:
+                new.write(line.rstrip("\n") + "\n")
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(fresh, path)
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The JSON object on a line; None when the line is torn."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def strict(value: Any) -> Any:
+    """The value in what JSON can say: arrays as lists, numbers that are not finite as None."""
+    if hasattr(value, "tolist"):  # an array or array scalar, of whatever library
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record by TensorBoard tag.
+
+    A list per layer gives one tag a layer; shares per expert give each layer's busiest expert, in multiples
+    of an even share (1 is balance).
+    """
+    return {tag: value for tag, value in tagged(record) if isinstance(value, (int, float)) and tag != "step"}
+
+
+def tagged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if not isinstance(value, list):
+            yield key, value
+            continue
+        for layer, item in enumerate(value):
+            if not isinstance(item, list):
+                yield f"{key}/layer_{layer}", item
+            elif item and None not in item:
+                yield f"{key}_max/layer_{layer}", max(item) * len(item)

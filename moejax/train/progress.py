@@ -1,0 +1,96 @@
+"""What a person sees of a run while it trains: a bar on a terminal, plain lines anywhere else.
+
+The training loop drives it with the records that it also logs.  It draws on stderr, so that stdout stays
+free for results (`--json`).
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Self
+
+import rich.progress
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+
+WINDOW = 100  # steps over which the remaining time is estimated
+
+
+class Progress:
+    """Shows the steps from `start` to `steps`; use as a context manager.
+
+    Args:
+        steps: the last step of the run.
+        start: the step that a resumed run goes on from.
+        plain: lines instead of a bar; None asks the terminal.
+        log_every: steps between plain lines.
+        console: where to draw; stderr when None.
+        clock: seconds, from any origin.
+    """
+
+    def __init__(self, steps: int, start: int = 0, plain: bool | None = None, log_every: int = 10,
+                 console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        self.steps, self.start, self.log_every, self.clock = steps, start, log_every, clock
+        self.console = console or Console(stderr=True)
+        drawable = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.plain = not drawable if plain is None else plain
+        self.validation: float | None = None
+        self.seen: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)  # (step, time at its end)
+        self.bar = rich.progress.Progress(
+            SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=self.console, expand=True, refresh_per_second=4, redirect_stdout=False)
+        self.task = self.bar.add_task("", total=steps, completed=start, figures="compiling the first step")
+
+    def __enter__(self) -> Self:
+        if not self.plain:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.plain:
+            self.bar.stop()
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Shows the record of a step that has ended."""
+        step = record["step"]
+        self.seen.append((step, self.clock()))
+        evaluated = "validation_loss" in record
+        if evaluated:
+            self.validation = number(record["validation_loss"])
+        text = self.figures(record)
+        self.bar.update(self.task, completed=step, figures=text)
+        due = step % self.log_every == 0 or step in (self.start + 1, self.steps) or evaluated
+        if self.plain and due:
+            self.say(f"step {step}/{self.steps}  {text}")
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self.plain:
+            print(text, file=self.console.file, flush=True)
+        else:
+            self.bar.console.print(text, markup=False, highlight=False)
+
+    def figures(self, record: dict[str, Any]) -> str:
+        parts = [f"loss {number(record.get('loss')):.4f}"]
+        if self.validation is not None:
+            parts.append(f"validation {self.validation:.4f}")
+        parts.append(f"{number(record.get('tokens_per_s')):,.0f} tokens/s")
+        left = self.remaining()
+        if left is not None:
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        return "  ".join(parts)
+
+    def remaining(self) -> float | None:
+        """Seconds to go, from the wall time of the latest steps; None until two have ended.
+
+        Time counts from the end of the first step, so its compilation is left out; evaluations and
+        checkpoints are part of the time between steps and so part of the estimate.
+        """
+        (first, began), (last, now) = self.seen[0], self.seen[-1]
+        return (self.steps - last) * (now - began) / (last - first) if last > first else None
+
+
+def number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

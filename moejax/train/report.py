@@ -1,0 +1,385 @@
+"""The story of a run on one page: `report.html`, which needs nothing but itself, and `report.png` for a README.
+
+Reads what the training loop left in a run folder (config.json, metrics.jsonl, and where they exist
+summary.json and samples.jsonl).  The pictures are drawn once, in the colours of `COLOURS`; in the page these
+are CSS variables, so that they follow the reader's light or dark scheme.
+"""
+
+import html
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moejax.config import Config, ConfigError, from_json
+from moejax.train.metrics import FILE, read_lines, read_metrics
+
+COLOURS = {  # name: (light, dark)
+    "ink": ("#1d2330", "#e4e7ee"), "soft": ("#667085", "#98a2b3"), "line": ("#e1e5eb", "#333b49"),
+    "train": ("#2563eb", "#6ea0ff"), "raw": ("#93b3f6", "#41609c"), "check": ("#d9480f", "#ff8a4c"),
+    "unigram": ("#7d8899", "#8b95a7")}
+INK, SOFT, LINE, TRAIN, RAW, CHECK, UNIGRAM = (light for light, _ in COLOURS.values())
+PAPER = ("#ffffff", "#151a22")
+# Balance is see-through, so that the map suits a light and a dark page.
+LOAD = LinearSegmentedColormap.from_list(
+    "load", [(0, "#1d6fdcff"), (0.5, "#1d6fdc00"), (0.5, "#e0500a00"), (1, "#e0500aff")]).with_extremes(bad="#88888899")
+DEPTH = LinearSegmentedColormap.from_list("depth", ["#0e9f8e", "#4f7df0", "#9b5de5", "#e0457b"])
+LAYERS = 8  # at most this many layers are drawn
+COLUMNS = 200  # of a heat map
+POINTS = 800  # of a curve
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "moejax", "font.size": 10, "axes.titlesize": 10,
+         "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "axes.axisbelow": True, "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.titlecolor": INK,
+         "axes.facecolor": "none", "grid.color": LINE, "text.color": INK, "xtick.color": LINE, "ytick.color": LINE,
+         "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "legend.frameon": False, "lines.linewidth": 1.6}
+
+
+@dataclass
+class Run:
+    """A run folder, read."""
+
+    name: str
+    config: Config
+    config_text: str
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+    def series(self, key: str) -> np.ndarray:
+        """A number per step, nan where a step has none."""
+        return np.array([record.get(key) for record in self.records], float)
+
+    def layers(self, key: str) -> np.ndarray:
+        """The lists per MoE layer as [step, layer, ...]; of size 0 for a dense model."""
+        return np.array([record.get(key) or [] for record in self.records], float)
+
+    def shown(self) -> list[tuple[int, str]]:
+        """(row in the lists per MoE layer, name) of the layers to draw, chosen evenly over the depth."""
+        count = self.layers("drop_fraction").shape[1]
+        places = [place for place, kind in enumerate(self.config.model.layer_kinds()) if kind == "M"]
+        places = places if len(places) == count else list(range(count))
+        rows = np.unique(np.linspace(0, count - 1, min(count, LAYERS)).round().astype(int))
+        return [(int(row), f"layer {places[row]}") for row in rows]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `run_dir/report.html` and `report.png`; returns the path of the page.
+
+    Raises:
+        ConfigError: `run_dir` is no run folder, or nothing has been trained in it yet.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir)
+    with matplotlib.rc_context(STYLE):
+        figures = "".join(figure(run, draw, words) for draw, words in DRAWINGS.items()
+                          if run.shown() or draw not in OF_EXPERTS)
+        poster(run, run_dir / "report.png")
+    path = run_dir / "report.html"
+    path.write_bytes(page(run, figures).encode("utf-8", "replace"))
+    return path
+
+
+def read_run(run_dir: Path) -> Run:
+    config_file = run_dir / "config.json"
+    if not config_file.is_file():
+        near = sorted(str(other.parent) for other in run_dir.parent.glob("*/config.json"))
+        hint = f", such as {', '.join(near[:3])}" if near else ""
+        missing = "has no config.json" if run_dir.is_dir() else "does not exist"
+        raise ConfigError([f"a report is of a run folder; {run_dir} {missing}; give a training run's run_dir{hint}"])
+    records = read_metrics(run_dir)
+    if not records:
+        raise ConfigError([
+            f"a report needs a step; {run_dir / FILE} holds none; train first: moejax train CONFIG run_dir={run_dir}"])
+    config, summary = load(config_file, from_json), run_dir / "summary.json"
+    return Run(config.name or run_dir.resolve().name, config, config_file.read_text("utf-8"), records,
+               load(summary, json.loads) if summary.is_file() else {}, read_lines(run_dir / "samples.jsonl"))
+
+
+def load(path: Path, read: Callable[[str], Any]) -> Any:
+    try:
+        return read(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"{path} must be JSON; {error}; restore the file"]) from None
+
+
+def runs_of(count: int, parts: int) -> list[np.ndarray]:
+    """The indices 0 .. count - 1 in at most `parts` stretches of even length."""
+    return np.array_split(np.arange(count), min(count, parts))
+
+
+def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most POINTS real points of a curve: the lowest and the highest of every stretch, so spikes stay."""
+    if len(steps) <= POINTS:
+        return steps, values
+    keep = [at for part in runs_of(len(steps), POINTS // 2) for at in (
+        part[np.argmin(np.nan_to_num(values[part], nan=np.inf))],
+        part[np.argmax(np.nan_to_num(values[part], nan=-np.inf))])]
+    keep = np.unique(keep)
+    return steps[keep], values[keep]
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """The mean over a 25th of the run around every step, less at its steep beginning; what is not finite stays out."""
+    at, finite = np.arange(len(values)), np.isfinite(values)
+    reach = np.minimum(at, len(values) // 50)
+    begin, end = at - reach, np.minimum(at + reach + 1, len(values))
+    total, count = (np.concatenate(([0], np.cumsum(terms))) for terms in (np.where(finite, values, 0), finite))
+    return np.where(finite, (total[end] - total[begin]) / np.maximum(count[end] - count[begin], 1), np.nan)
+
+
+def ticks(most: int) -> MaxNLocator:
+    """Round whole numbers."""
+    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+
+
+def curve(axes: Axes, steps: np.ndarray, values: np.ndarray, **looks: Any) -> None:
+    """A line with the axes' common manners; a run of one step is a dot."""
+    axes.plot(*thin(steps, values), marker="o" if len(steps) == 1 else None, markersize=5, **looks)
+    margin = 0.03 * (steps[-1] - steps[0]) or 1  # the whole run, also where its values are not finite
+    axes.set_xlim(steps[0] - margin, steps[-1] + margin)
+    axes.xaxis.set_major_locator(ticks(7))
+
+
+def draw_loss(fig: FigureBase, run: Run) -> None:
+    axes, steps, loss = fig.subplots(), run.series("step"), run.series("loss")
+    validation, unigram = run.series("validation_loss"), first(run.series("unigram_loss"))
+    if len(steps) > 1:
+        curve(axes, steps, loss, color=RAW, linewidth=0.7)
+    curve(axes, steps, smooth(loss), color=TRAIN, label="training")
+    seen = np.isfinite(validation)
+    if seen.any():
+        axes.plot(steps[seen], validation[seen], "o-" if seen.sum() <= 40 else "-", color=CHECK, markersize=4,
+                  linewidth=1.2, label="validation")
+    if unigram is not None:
+        axes.axhline(unigram, color=UNIGRAM, linestyle="--", linewidth=1.2, label="unigram model")
+    axes.set(title="Loss, nats per token", xlabel="step")
+    axes.legend()
+
+
+def draw_load(fig: FigureBase, run: Run) -> None:
+    shown, steps, load = run.shown(), run.series("step"), run.layers("expert_load")
+    load = load * load.shape[2]  # in multiples of an even share
+    load = np.stack([load[part].mean(0) for part in runs_of(len(steps), COLUMNS)], axis=2)  # [layer, expert, column]
+    rows = [row for row, _ in shown]
+    strayed = np.abs(load[rows] - 1)[np.isfinite(load[rows])]
+    reach = np.clip(np.ceil(np.quantile(strayed, 0.99) * 10) / 10, 0.1, 1) if strayed.size else 1.0
+    across = 2 if len(shown) > 1 else 1
+    panels = fig.subplots(-(-len(shown) // across), across, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(shown):]:
+        axes.set_visible(False)
+    for axes, (row, name) in zip(panels.flat, shown, strict=False):
+        image = axes.imshow(load[row], cmap=LOAD, norm=Normalize(1 - reach, 1 + reach), aspect="auto", origin="lower",
+                            interpolation="none", extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, load.shape[1] - 0.5))
+        image.set_gid(f"map-{row}")
+        axes.set_title(name)
+        axes.grid(False)
+        axes.xaxis.set_major_locator(ticks(4))
+        axes.yaxis.set_major_locator(ticks(4))
+    fig.supxlabel("step", color=SOFT, fontsize=10)
+    fig.supylabel("expert", color=SOFT, fontsize=10)
+    bar = fig.colorbar(image, ax=panels, location="top", aspect=40, shrink=0.8, extend="both",
+                       ticks=np.linspace(1 - reach, 1 + reach, 5), format="%.2f")
+    bar.set_label("tokens per expert, 1 is an even share", color=INK)
+    bar.outline.set_visible(False)
+
+
+def draw_drops(fig: FigureBase, run: Run) -> None:
+    axes, steps, drops = fig.subplots(), run.series("step"), run.layers("drop_fraction")
+    for place, (row, name) in enumerate(run.shown()):
+        curve(axes, steps, smooth(drops[:, row]), label=name, color=DEPTH(place / max(len(run.shown()) - 1, 1)))
+    axes.set(title="Tokens dropped, smoothed", xlabel="step")
+    axes.set_ylim(0, max(axes.get_ylim()[1] * 1.35, 0.001))  # with room for the legend
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend(loc="upper right", ncols=4, handlelength=1, handletextpad=0.4, columnspacing=1)
+
+
+def draw_optimizer(fig: FigureBase, run: Run) -> None:
+    draw_pair(fig, run, lr="Learning rate", grad_norm="Gradient norm, before clipping")
+
+
+def draw_router(fig: FigureBase, run: Run) -> None:
+    draw_pair(fig, run, balance_loss="Balance loss", z_loss="Router z-loss")
+
+
+def draw_pair(fig: FigureBase, run: Run, **titles: str) -> None:
+    """Two series by their key, one above the other: as they are, and smoothed."""
+    steps, panels = run.series("step"), fig.subplots(2, 1, sharex=True)
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        values = run.series(key)
+        if len(steps) > 1 and key != "lr":
+            curve(axes, steps, values, color=RAW, linewidth=0.7)
+        curve(axes, steps, values if key == "lr" else smooth(values), color=TRAIN)
+        axes.set(title=title, ylim=(0, max(axes.get_ylim()[1] * 1.05, 1e-9)))
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    panels[-1].set_xlabel("step")
+
+
+def draw_speed(fig: FigureBase, run: Run) -> None:
+    axes = fig.subplots()
+    curve(axes, run.series("step"), run.series("tokens_per_s"), color=TRAIN, linewidth=1)
+    axes.set(title="Tokens per second", xlabel="step")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+Draw = Callable[[FigureBase, Run], None]
+DRAWINGS: dict[Draw, str] = {  # what draws it, and what it shows in words; on a wide page in two columns
+    draw_loss: "Training and validation loss over the steps",
+    draw_drops: "Share of the tokens that no expert had room for, per MoE layer",
+    draw_optimizer: "Learning rate and gradient norm over the steps",
+    draw_load: "Load of every expert over the steps, a map per MoE layer",
+    draw_router: "Balance loss and router z-loss over the steps",
+    draw_speed: "Tokens per second over the steps"}
+OF_EXPERTS = (draw_load, draw_drops, draw_router)
+
+
+def figure(run: Run, draw: Draw, words: str) -> str:
+    """A drawing as a <figure> with inline SVG, narrow enough to stay readable on a phone."""
+    height = 1.2 + 0.55 * max(len(run.shown()), 4) if draw is draw_load else 3.4 if draw is draw_loss else 2.9
+    fig, out = Figure((5.2, height), layout="constrained"), io.StringIO()
+    draw(fig, run)
+    fig.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg"):].replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace(
+        ' xmlns="http://www.w3.org/2000/svg"', "")
+    for mark in ('id="', "url(#", 'href="#'):  # ids must differ between the figures of a page
+        svg = svg.replace(mark, f"{mark}{draw.__name__}-")
+    for name, (light, _) in COLOURS.items():
+        svg = svg.replace(light, f"var(--{name})")
+    return f'<figure>{svg.replace("<svg", f"""<svg role="img" aria-label="{words}" """, 1)}</figure>\n'
+
+
+def poster(run: Run, path: Path) -> None:
+    """The picture for a README, 1200 × 700: the loss beside the experts, or beside the optimizer if dense."""
+    fig = Figure((12, 7), layout="constrained", facecolor="white", dpi=100)
+    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    left, right = fig.subfigures(1, 2)
+    if run.shown():
+        top, bottom = left.subfigures(2, 1, height_ratios=(3, 2))
+        draw_loss(top, run)
+        draw_drops(bottom, run)
+        draw_load(right, run)
+    else:
+        draw_loss(left, run)
+        draw_optimizer(right, run)
+    fig.savefig(path)
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """The summary: (label, value) of what the run has."""
+    last, mesh, mfu = run.records[-1], run.config.mesh, middle(run.series("mfu"))
+    unigram = first(run.series("unigram_loss"))
+    validation = [record["validation_loss"] for record in run.records if "validation_loss" in record][-1:]
+    lengths = [(axis, getattr(mesh, axis)) for axis in ("data", "fsdp", "pipeline", "expert", "tensor")]
+    rows = [("Steps", f"{last['step']:,} of {run.config.train.steps:,}"),
+            ("Tokens", large(last.get("tokens"))),
+            ("Final training loss", losses(run, last.get("loss"))),
+            ("Validation loss", losses(run, *validation) if validation else ""),
+            ("Unigram loss", losses(run, unigram) if unigram else ""),
+            ("Validation / unigram", f"{validation[0] / unigram:.3f}" if unigram and any(validation) else ""),
+            ("Tokens per second, median", large(middle(run.series("tokens_per_s")))),
+            ("Model FLOP/s utilisation", "" if mfu is None else f"{mfu:.1%}"),
+            ("Mesh", " × ".join(f"{axis} {length}" for axis, length in lengths if length > 1) or "one device"),
+            ("Parameters", large(run.summary.get("parameters"))),
+            ("Active parameters", large(run.summary.get("active_parameters"))),
+            *((label, str(run.summary.get(label.lower(), ""))) for label in ("Devices", "JAX", "Python"))]
+    return [(label, value) for label, value in rows if value]
+
+
+def losses(run: Run, nats: float | None) -> str:
+    """A loss in nats, and in bits per byte where a token is a byte."""
+    if nats is None:
+        return "not finite"
+    bits = f"\n{nats / math.log(2):.3f} bits per byte" if run.config.data.tokenizer == "bytes" else ""
+    return f"{nats:.4f} nats{bits}"
+
+
+def first(values: np.ndarray) -> float | None:
+    return next((float(value) for value in values if np.isfinite(value)), None)
+
+
+def middle(values: np.ndarray) -> float | None:
+    """The median of what is finite."""
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if values.size else None
+
+
+def large(value: float | None) -> str:
+    """12,345, or 12.3 million."""
+    if value is None:
+        return ""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value >= size:
+            return f"{value / size:.4g} {word}"
+    return f"{value:,.0f}"
+
+
+def shape(config: Config) -> str:
+    """The model in a line."""
+    model, moe = config.model, config.model.moe
+    layers = f"{model.layers} layer{'s'[model.layers == 1:]}"
+    experts = f"{moe.active} of {moe.experts} experts a token" if "M" in model.layer_kinds() else "dense"
+    return f"{layers}, width {model.d_model}, {experts}, {config.data.sequence} tokens a sequence"
+
+
+CSS = """
+:root{color-scheme:light dark;%s}
+@media (prefers-color-scheme:dark){:root{%s}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:76rem;padding:1.5rem 1rem 3rem;background:var(--paper);color:var(--ink);
+ font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1{font-size:1.7rem;line-height:1.2;margin:0;overflow-wrap:anywhere} h2{font-size:1.15rem;margin:2rem 0 .75rem}
+p{margin:.25rem 0 1.25rem;color:var(--soft)}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:0 1.5rem;margin:0 0 1rem}
+dl div{border-top:1px solid var(--line);padding:.45rem 0} dt{font-size:.8rem;color:var(--soft)}
+dd{margin:0;white-space:pre-line;font-variant-numeric:tabular-nums}
+main{columns:2 24rem;column-gap:1.25rem}
+figure{break-inside:avoid;margin:0 0 1.25rem;border:1px solid var(--line);border-radius:.6rem;padding:.6rem}
+svg{display:block;width:100%%;height:auto} svg text{font-family:inherit!important}
+pre{margin:0 0 1rem;padding:.8rem 1rem;border:1px solid var(--line);border-radius:.6rem;overflow-x:auto;
+ white-space:pre-wrap;overflow-wrap:anywhere;font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre b{color:var(--train)} summary{cursor:pointer;font-weight:600;margin:1.5rem 0 .75rem}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{name} · moejax</title><style>{css}</style></head><body>
+<h1>{name}</h1><p>{shape}</p>
+<dl>{facts}</dl>
+<main>
+{figures}</main>
+{samples}<details><summary>Configuration</summary><pre>{config}</pre></details>
+</body></html>
+"""
+
+
+def page(run: Run, figures: str) -> str:
+    """The whole document; the policy in its head forbids scripts and anything from outside."""
+    light, dark = ("".join(f"--{name}:{pair[scheme]};" for name, pair in {**COLOURS, "paper": PAPER}.items())
+                   for scheme in (0, 1))
+    rows = "".join(f"<div><dt>{label}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts(run))
+    samples = "".join(sample(**{key: str(each.get(key, "")) for key in ("prompt", "text")}) for each in run.samples)
+    return PAGE.format(name=html.escape(run.name), css=CSS % (light, dark), shape=html.escape(shape(run.config)),
+                       facts=rows, figures=figures, samples=samples and f"<h2>Samples</h2>\n{samples}",
+                       config=html.escape(run.config_text))
+
+
+def sample(prompt: str, text: str) -> str:
+    """A generated text after its prompt in bold, whether or not it repeats the prompt."""
+    def shown(raw: str) -> str:
+        return html.escape("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in raw))
+
+    return f"<pre><b>{shown(prompt)}</b>{shown(text.removeprefix(prompt))}</pre>\n"

@@ -1,0 +1,230 @@
+"""The report of a run: the numbers it states, what it draws, and that the page needs and runs nothing from outside."""
+
+import json
+import math
+import re
+import struct
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from moejax.config import Config, ConfigError, Mesh, Model, MoE, Train, to_json
+from moejax.train import report
+from moejax.train.metrics import MetricsLog
+
+EXPERTS = 4
+
+
+def a_run(run_dir, steps=6, layers=2, pattern="M", change=lambda record: record, **files):
+    """A run folder as the training loop leaves it; the loss of step s is 4 / s."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = Config(name="tiny & <small>", train=Train(steps=10), mesh=Mesh(data=2, expert=2),
+                    model=Model(layers=layers, pattern=pattern, moe=MoE(experts=EXPERTS)))
+    (run_dir / "config.json").write_text(to_json(config))
+    for name, lines in files.items():
+        (run_dir / f"{name}.{'json' if name == 'summary' else 'jsonl'}").write_text("\n".join(map(json.dumps, lines)))
+    count = config.model.layer_kinds().count("M")
+    with MetricsLog(run_dir) as log:
+        for step in range(1, steps + 1):
+            record = {"step": step, "loss": 4 / step, "balance_loss": 1.0, "z_loss": 0.5, "grad_norm": 1.0, "lr": 1e-3,
+                      "tokens": step * 1000, "tokens_per_s": 10.0 if step == 1 else 5000.0, "mfu": None,
+                      "drop_fraction": [0.1] * count, "expert_load": [[0.4, 0.3, 0.2, 0.1]] * count}
+            log.write(change(record))
+    return run_dir
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its facts, its texts by tag, all tags and attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], {}, []
+        self.feed(text)
+        self.facts = dict(zip(self.texts.get("dt", []), self.texts.get("dd", []), strict=True))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag  # the page is well formed
+
+    def handle_data(self, data):
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+
+def read(run_dir):
+    path = report.write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return Page(path.read_text("utf-8"))
+
+
+def facts(run_dir):
+    return dict(report.facts(report.read_run(run_dir)))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run with everything that a run can have; MoE layers are 1 and 3 of four."""
+    def change(record):
+        more = {1: {"unigram_loss": 2.0}, 2: {"validation_loss": 3.0}, 4: {"validation_loss": 1.5, "mfu": 0.25}}
+        return record | more.get(record["step"], {})
+
+    samples = [{"prompt": "<b>", "text": "<script>alert('x')</script>\n\x00\x07&amp;"},
+               {"prompt": "def ", "text": "def f()"}]
+    summary = {"parameters": 1_234_567, "active_parameters": 654_321, "devices": 4, "jax": "0.10.2", "python": "3.11.9"}
+    run_dir = a_run(tmp_path_factory.mktemp("full"), 6, 4, "DM", change, samples=samples, summary=[summary])
+    page = read(run_dir)
+    page.text, page.png = (run_dir / "report.html").read_text("utf-8"), (run_dir / "report.png").read_bytes()
+    return page
+
+
+def test_the_summary_states_the_numbers_of_the_run(full):
+    assert full.facts == {
+        "Steps": "6 of 10", "Tokens": "6,000",
+        "Final training loss": "0.6667 nats\n0.962 bits per byte",  # 4 / 6 / 0.693147 = 0.96180
+        "Validation loss": "1.5000 nats\n2.164 bits per byte",
+        "Unigram loss": "2.0000 nats\n2.885 bits per byte",
+        "Validation / unigram": "0.750",
+        "Tokens per second, median": "5,000", "Model FLOP/s utilisation": "25.0%", "Mesh": "data 2 × expert 2",
+        "Parameters": "1.235 million", "Active parameters": "654,321", "Devices": "4", "JAX": "0.10.2",
+        "Python": "3.11.9"}
+    assert full.texts["h1"] == ["tiny & <small>"]
+    assert json.loads(full.texts["details"][0].removeprefix("Configuration"))["mesh"]["expert"] == 2
+
+
+def test_what_the_run_lacks_is_left_out_and_a_torn_last_line_too(tmp_path):
+    with (a_run(tmp_path) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss')
+    assert list(facts(tmp_path)) == ["Steps", "Tokens", "Final training loss", "Tokens per second, median", "Mesh"]
+    assert facts(tmp_path)["Steps"] == "6 of 10"
+
+
+def test_the_page_needs_nothing_from_outside_and_runs_nothing(full):
+    assert not {"script", "link", "img", "iframe", "object", "base"} & set(full.tags)
+    links = [value for name, value in full.attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
+    assert links and all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=\s]*", "", full.text)  # no address of any scheme
+    assert "@import" not in full.text and set(re.findall(r"url\((.)", full.text)) == {"#"}
+    assert [value for name, value in full.attributes if name == "content" and "default-src 'none'" in value]
+
+
+def test_ids_are_unique_and_what_refers_to_them_finds_them(full):
+    ids = [value for name, value in full.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"url\(#([^)]*)\)", full.text) + re.findall(r'href="#([^"]*)"', full.text)
+    assert used and set(used) <= set(ids)
+
+
+def test_samples_are_shown_as_text(full):
+    assert full.texts["pre"][:2] == ["<b><script>alert('x')</script>\n\ufffd\ufffd&amp;", "def f()"]
+    assert full.texts["b"] == ["<b>", "def "]
+
+
+def test_every_colour_follows_the_scheme_of_the_reader(full):
+    pictures = " ".join(re.findall(r"<svg.*?</svg>", full.text, re.DOTALL))
+    assert set(re.findall(r"var\(--([a-z]+)\)", pictures)) == set(report.COLOURS)
+    for light, dark in report.COLOURS.values():
+        assert light not in pictures and light in full.text and dark in full.text
+
+
+def test_the_pictures_of_a_mixture_and_of_a_dense_model(full, tmp_path):
+    dense = read(a_run(tmp_path, pattern="D"))
+    assert full.tags.count("figure") == 6 and dense.tags.count("figure") == 3
+    titles = [text for text in full.texts["text"] if "layer" in text]
+    assert titles == ["layer 1", "layer 3"] * 2  # drops, then load
+    assert not [text for text in dense.texts["text"] if "layer" in text]
+    for png in (full.png, (tmp_path / "report.png").read_bytes()):
+        assert png.startswith(b"\x89PNG") and struct.unpack(">II", png[16:24]) == (1200, 700)
+
+
+@pytest.mark.parametrize("pattern", ["M", "D"])
+def test_a_run_of_one_step(tmp_path, pattern):
+    page = read(a_run(tmp_path, steps=1, pattern=pattern))
+    assert page.facts["Final training loss"].startswith("4.0000 nats") and page.facts["Steps"] == "1 of 10"
+
+
+def test_a_diverged_run_says_so(tmp_path):
+    def change(record):
+        bad = {"loss": math.nan, "validation_loss": math.nan, "grad_norm": math.inf, "drop_fraction": [math.nan] * 2,
+               "expert_load": [[math.nan] * EXPERTS] * 2}
+        return record | (bad if record["step"] > 2 else {"validation_loss": 3.0})
+
+    page = read(a_run(tmp_path, change=change))
+    assert page.facts["Final training loss"] == page.facts["Validation loss"] == "not finite"
+
+
+def test_a_run_that_was_never_finite(tmp_path):
+    page = read(a_run(tmp_path, change=lambda record: {
+        key: None if isinstance(value, float) else value for key, value in record.items()}))
+    assert page.facts["Final training loss"] == "not finite" and "Tokens per second, median" not in page.facts
+
+
+def test_wrong_folders_are_refused_with_what_is_missing(tmp_path):
+    a_run(tmp_path / "good")
+    for name, message in (("god", f"god does not exist; give a training run's run_dir, such as {tmp_path / 'good'}"),
+                          ("empty", "empty has no config.json; give a training run's run_dir")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError) as error:
+            report.write_report(tmp_path / name)
+        assert message in error.value.problems[0]
+    (tmp_path / "good" / "metrics.jsonl").write_text('{"st')
+    with pytest.raises(ConfigError, match=r"holds none; train first: moejax train CONFIG run_dir=.*good"):
+        report.write_report(tmp_path / "good")
+    (tmp_path / "good" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "good" / "config.json").write_text('{"name": ')
+    with pytest.raises(ConfigError, match=r"config\.json must be JSON"):
+        report.write_report(tmp_path / "good")
+
+
+def test_smooth_takes_the_mean_around_a_step():
+    # 100 steps: the reach is 2, so a spike of 5 spreads as 1 over 5 steps; the first steps reach less far
+    values = np.zeros(100)
+    values[[1, 50]] = [3, 5]
+    smoothed = report.smooth(values)
+    np.testing.assert_allclose(smoothed[48:53], 1)
+    np.testing.assert_allclose(smoothed[:5], [0, 1, 3 / 5, 3 / 5, 0])
+    assert smoothed[47] == smoothed[53] == 0
+    values[49] = np.nan  # 4 finite steps are left around step 50
+    assert report.smooth(values)[50] == 5 / 4 and np.isnan(report.smooth(values)[49])
+
+
+def test_thin_keeps_a_long_curve_small_and_its_spikes():
+    steps, values = np.arange(10_000.0), np.ones(10_000)
+    values[[1234, 7000]] = [50, -50]
+    values[9000:9500] = np.nan
+    thinned = report.thin(steps, values)
+    assert len(thinned[0]) <= report.POINTS
+    assert {(1234, 50), (7000, -50)} <= set(zip(*thinned, strict=True))
+    assert len(report.thin(steps[:800], values[:800])[0]) == 800
+
+
+def test_a_deep_model_shows_eight_layers_over_its_whole_depth(tmp_path):
+    run = report.read_run(a_run(tmp_path, steps=2, layers=120))
+    names = [name for _, name in run.shown()]
+    assert len(names) == report.LAYERS and names[0] == "layer 0" and names[-1] == "layer 119"
+    gaps = np.diff([row for row, _ in run.shown()])
+    assert gaps.min() == gaps.max() == 17  # 119 / 7
+
+
+def test_the_heat_map_is_the_load_in_multiples_of_an_even_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "COLUMNS", 3)
+    run = report.read_run(a_run(tmp_path, steps=6, layers=1, change=lambda record: record | {
+        "expert_load": [[0.5, 0.5, 0, 0] if record["step"] <= 3 else [0.25] * 4]}))
+    figure = Figure()
+    report.draw_load(figure, run)
+    image = figure.axes[0].images[0]
+    # steps 1-2, 3-4, 5-6: twice an even share, half of the time, balance
+    np.testing.assert_allclose(image.get_array(), [[2, 1.5, 1], [2, 1.5, 1], [0, 0.5, 1], [0, 0.5, 1]])
+    assert (image.norm.vmin + image.norm.vmax) / 2 == 1
+    assert image.cmap(0.5)[3] < 0.01 < 0.99 < image.cmap(0.0)[3] == image.cmap(1.0)[3]  # balance is see-through
