@@ -16,7 +16,8 @@ from moejax.model.layers import Pass, rotary
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
 
-BLOCKS = 8  # of queries; a block skips the keys after it
+BLOCKS = 8  # of queries at most; a block skips the keys after it
+SMALLEST = 64  # queries worth a block of their own
 
 
 class Attention(nnx.Module):
@@ -28,8 +29,8 @@ class Attention(nnx.Module):
         self.model = model
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], run: Pass, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B t D"], Cache | None]:
         """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it."""
         x = collectives.enter(x, run.sequence)
         theta = self.model.rope_theta
@@ -60,7 +61,7 @@ def plain(
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * size**-0.5
-    seen = jnp.arange(k.shape[1]) <= positions[:, None, None, :, None]
+    seen = jnp.arange(k.shape[1])[None, None, None, None] <= positions[:, None, None, :, None]
     p = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, size)
 
@@ -76,7 +77,7 @@ def blocked(
     kv = k.shape[2]
     q = q.reshape(batch, length, kv, -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # B K H T and B K T H
-    step = -(-length // BLOCKS)
+    step = max(-(-length // BLOCKS), SMALLEST)
     done = [one_block(q[:, :, :, a:a + step], k[..., :a + step], v[:, :, :a + step]) for a in range(0, length, step)]
     return jnp.concatenate(done, 3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
@@ -89,6 +90,6 @@ def one_block(
     rows = q.reshape(batch, kv, group * length, size)
     scores = jnp.einsum("bkrh,bkhs->bkrs", rows, k, preferred_element_type=jnp.float32) * size**-0.5
     last = jnp.arange(length) + k.shape[-1] - length
-    seen = jnp.arange(k.shape[-1]) <= jnp.tile(last, group)[:, None]
+    seen = (jnp.arange(k.shape[-1])[None] <= jnp.tile(last, group)[:, None])[None, None]
     p = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(v.dtype)
     return jnp.einsum("bkrs,bksh->bkrh", p, v).reshape(q.shape)

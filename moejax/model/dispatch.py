@@ -42,7 +42,7 @@ def einsum(x: Float[Array, "R M D"], routing: Routing, seats: int, experts: Expe
     """One-hot matmuls, as in GShard (arXiv 2006.16668): slow and obvious, the twin that tests the others."""
     groups, _, size = x.shape
     count = experts.up.shape[0] * lax.axis_size("expert")
-    to_expert = jax.nn.one_hot(routing.expert, count, dtype=jnp.float32) * routing.kept[..., None]
+    to_expert = jax.nn.one_hot(routing.expert, count, dtype=jnp.float32) * routing.kept[..., None].astype(jnp.float32)
     to_seat = jax.nn.one_hot(routing.slot, seats, dtype=jnp.float32)
     dispatch = jnp.einsum("rmae,rmac->rmec", to_expert, to_seat).astype(x.dtype)
     combine = jnp.einsum("rmae,rmac,rma->rmec", to_expert, to_seat, routing.weight)
@@ -71,11 +71,11 @@ def blocked(x: Float[Array, "R M D"], routing: Routing, seats: int, experts: Exp
     rows, weight, expert, slot, kept = map(collectives.collect, (x, weight, routing.expert, routing.slot, routing.kept))
     first = collectives.index("expert") * local
     mine = kept & (expert >= first) & (expert < first + local)
-    hit = (expert - first)[..., None] == jnp.arange(local)
+    hit = jax.nn.one_hot(expert - first, local, dtype=bool)
     load = jnp.sum((hit & mine[..., None]).astype(jnp.int32), (1, 2))  # R E
     ends = jnp.cumsum(jnp.sum(load, 0))
     begins = ends - jnp.sum(load, 0)
-    before = begins + jnp.cumsum(load, 0) - load  # where each group's choices of each expert begin
+    before = begins[None] + jnp.cumsum(load, 0) - load  # where each group's choices of each expert begin
     seat = jnp.sum(jnp.where(hit, before[:, None, None, :], 0), -1) + slot
     plan = Plan.make(seat, mine, mine.size + BLOCK)  # the last block of the last expert may reach past the end
     h = pack(rows.reshape(-1, size), plan)
@@ -113,7 +113,7 @@ class Plan(NamedTuple):
                    for a in range(weight.shape[1])).astype(rows.dtype)
 
 
-def take(rows: Float[Array, "Q D"], index: Int[Array, " N"]) -> Float[Array, "N D"]:
+def take(rows: Float[Array, "Q *D"], index: Int[Array, " N"]) -> Float[Array, "N *D"]:
     return rows.at[index].get(mode="promise_in_bounds")
 
 

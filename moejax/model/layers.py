@@ -40,14 +40,14 @@ class Norm(nnx.Module):
         if self.center:
             y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * self.scale[...][None, None]).astype(x.dtype)
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
     """Rotary position embedding (arXiv 2104.09864) on halves of the head: (x1, x2) turns by position × theta^(-2i/H)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -88,5 +88,5 @@ class DenseLayer(nnx.Module):
     def __init__(self, w: Weights, model: configs.Model):
         self.mlp = MLP(w, model)
 
-    def __call__(self, x: Float[Array, "B T D"], run: Pass) -> tuple[Float[Array, "B T D"], None]:
+    def __call__(self, x: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B t D"], None]:
         return collectives.leave(self.mlp(collectives.enter(x, run.sequence), run), run.sequence), None

@@ -81,10 +81,10 @@ def one_chunk(hidden: Array, weight: Array, targets: Array, weights: Array) -> t
     """The chunk's share of the loss, and the gradient of the loss in this shard's logits, [N V]."""
     logits = jnp.einsum("nd,dv->nv", hidden, weight, preferred_element_type=jnp.float32)
     local = targets - collectives.index("tensor") * weight.shape[1]
-    hit = local[:, None] == jnp.arange(weight.shape[1])
+    hit = jax.nn.one_hot(local, weight.shape[1], dtype=bool)
     peak = collectives.highest(jnp.max(logits, -1))
     exp = jnp.exp(logits - peak[:, None])
     total, mine = collectives.total((jnp.sum(exp, -1), jnp.sum(jnp.where(hit, logits, 0), -1)), ("tensor",))
     loss = jnp.sum(weights * (jnp.log(total) + peak - mine)) / lax.axis_size("tensor")
-    error = (exp / total[:, None] - hit) * weights[:, None]
+    error = (exp / total[:, None] - hit.astype(exp.dtype)) * weights[:, None]
     return collectives.match(loss, logits), collectives.match(error, logits)

@@ -25,7 +25,7 @@ class MoELayer(nnx.Module):
         self.shared = MLP(w.sized(hidden=moe.shared * moe.hidden), model) if moe.shared else None
         self.moe, self.activation = moe, model.activation
 
-    def __call__(self, x: Float[Array, "B T D"], run: Pass) -> tuple[Float[Array, "B T D"], tuple[Routing, Losses]]:
+    def __call__(self, x: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses]]:
         inside = collectives.enter(x, run.sequence)
         # Unless the sequence is split, routers see x before it is marked as work for every tensor shard: the decision
         # and its gradient are computed alike everywhere, without communication.

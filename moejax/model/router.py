@@ -90,7 +90,7 @@ def sigmoid(
 ) -> tuple[Array, Array, Array]:
     """Independent scores, balanced by a bias on the choice alone (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     scores = jax.nn.sigmoid(logits)
-    _, expert = top(limit(scores + bias, moe), moe.active)
+    _, expert = top(limit(scores + bias[None, None], moe), moe.active)
     weight = jnp.take_along_axis(scores, expert, -1)
     return expert, normalise(weight, moe), scores / jnp.sum(scores, -1, keepdims=True)
 
@@ -126,7 +126,7 @@ def top(scores: Float[Array, "R M E"], k: int) -> tuple[Float[Array, "R M A"], I
 
 def pick(scores: Float[Array, "R M E"], index: Int[Array, "R M A"]) -> Float[Array, "R M A"]:
     """scores at index, by comparison: its gradient is a sum, where that of a gather is a scatter."""
-    hit = index[..., None] == jnp.arange(scores.shape[-1])
+    hit = jax.nn.one_hot(index, scores.shape[-1], dtype=bool)
     return jnp.sum(jnp.where(hit, scores[..., None, :], 0), -1)
 
 
@@ -137,7 +137,7 @@ def limit(scores: Float[Array, "R M E"], moe: configs.MoE) -> Float[Array, "R M 
     grouped = scores.reshape(*scores.shape[:-1], moe.expert_groups, -1)
     best = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], -1)
     _, index = jax.lax.top_k(best, moe.active_groups)
-    open_ = jnp.any(index[..., None] == jnp.arange(moe.expert_groups), -2)
+    open_ = jnp.any(jax.nn.one_hot(index, moe.expert_groups, dtype=bool), -2)
     return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
@@ -165,7 +165,7 @@ def queue(expert: Int[Array, "R M A"], weight: Float[Array, "R M A"], moe: confi
 
 def places(line: Int[Array, "R Q"], experts: int) -> Int[Array, "R Q"]:
     """How many earlier entries of the line equal each entry."""
-    hit = (line[..., None] == jnp.arange(experts)).astype(jnp.int32)
+    hit = jax.nn.one_hot(line, experts, dtype=jnp.int32)
     before = jnp.cumsum(hit, axis=1) - hit
     return jnp.sum(before * hit, -1).astype(jnp.int32)
 
@@ -177,7 +177,7 @@ def losses(
     """Balance loss E·Σ f·P (arXiv 2101.03961 equations 4 to 6; f counts all k choices and sums to 1, so balanced is 1),
     z-loss (arXiv 2202.08906 equation 5), load and drops.
     """
-    hit = (routing.expert[..., None] == jnp.arange(moe.experts)) & chosen[..., None]
+    hit = jax.nn.one_hot(routing.expert, moe.experts, dtype=bool) & chosen[..., None]
     count = jnp.sum(hit, (1, 2)).astype(jnp.float32)  # R E
     total = jnp.sum(count, -1, keepdims=True)
     share, mean = count / total, jnp.mean(scores, 1)

@@ -82,7 +82,7 @@ class Transformer(nnx.Module):
             routing, losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *decisions)
         return Output(None, self.norm(x), routing, losses), caches_out if cache is not None else None
 
-    def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Float[Array, "B t D"]:
         """Each tensor shard looks up the tokens of its part of the vocabulary; the rest are zero and summed away."""
         table = use(self.embedding, run.dtype)
         local = tokens - collectives.index("tensor") * table.shape[0]
@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
     def output_weight(self, dtype: Any) -> Float[Array, "D V"]:
         return use(self.embedding, dtype).T if self.head is None else use(self.head, dtype)
 
-    def logits(self, hidden: Float[Array, "B T D"], run: Pass) -> Float[Array, "B T V"]:
+    def logits(self, hidden: Float[Array, "B t D"], run: Pass) -> Float[Array, "B T V"]:
         """This tensor shard's part of the vocabulary, float32."""
         w = self.output_weight(run.dtype)
         return jnp.einsum("btd,dv->btv", collectives.enter(hidden, run.sequence), w, preferred_element_type=jnp.float32)

@@ -33,6 +33,10 @@ SCHEDULES: dict[str, Callable[[configs.Optimizer, int], optax.Schedule]] = {
 def schedule(o: configs.Optimizer, steps: int) -> Callable[[Array], Array]:
     """step (from 0) -> learning rate; the warmup's first step is lr / warmup and reaches lr at step warmup - 1."""
     rest = SCHEDULES[o.schedule](o, steps)
-    if not o.warmup:
-        return rest
-    return lambda step: jnp.where(step < o.warmup, o.lr * (step + 1) / o.warmup, rest(jnp.maximum(step - o.warmup, 0)))
+
+    def rate(step: Array) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        after = rest(jnp.maximum(step - o.warmup, 0))
+        return jnp.where(step < o.warmup, o.lr * (step + 1) / o.warmup, after) if o.warmup else after
+
+    return rate

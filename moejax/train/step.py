@@ -124,7 +124,7 @@ def make_step(sharded: Sharded, optimizer: optax.GradientTransformation) -> Call
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         gradients, figures = gradients_of(state.weights, batch, key)
-        norm = optax.global_norm(gradients)  # of global arrays: every shard counts once
+        norm = optax.tree.norm(gradients)  # of global arrays: every shard counts once
         if config.optimizer.clip:
             scale = jnp.minimum(1.0, config.optimizer.clip / (norm + 1e-12))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
