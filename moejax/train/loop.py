@@ -47,8 +47,7 @@ def train(config: Config) -> dict[str, Any]:
     meshes.start(config.mesh)
     corpus = open_corpus(config.data)
     sharded = Sharded(config, meshes.make_mesh(config.mesh))
-    weights = {name: axes for name, axes in sharded.axes.items() if sharded.trainable[name]}
-    optimizer = make_optimizer(config.optimizer, config.train.steps, weights)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
     step, evaluation = make_step(sharded, optimizer), make_evaluation(sharded)
     samples = Samples(corpus.train, config.data.sequence, config.data.seed)
     held_out = Samples(corpus.validation, config.data.sequence, config.data.seed) if config.data.validation else None

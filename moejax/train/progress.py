@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any
 
 import rich.progress
 from rich.console import Console
@@ -43,7 +43,7 @@ class Progress:
             console=self.console, expand=True, refresh_per_second=4, redirect_stdout=False)
         self.task = self.bar.add_task("", total=steps, completed=start, figures="compiling the first step")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if not self.plain:
             self.bar.start()
         return self

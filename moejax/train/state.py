@@ -50,9 +50,9 @@ def abstract(sharded: Sharded, optimizer: optax.GradientTransformation) -> State
     return State(jax.ShapeDtypeStruct((), jnp.int32), weights, jax.eval_shape(optimizer.init, trained(sharded, weights)))
 
 
-def fresh(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
-    """The state before the first step."""
-    weights = sharded.init(sharded.config.train.seed)
+def fresh(sharded: Sharded, optimizer: optax.GradientTransformation, weights: dict[str, Array] | None = None) -> State:
+    """The state before the first step: the config's initial weights, or those given."""
+    weights = weights or sharded.init(sharded.config.train.seed)
     place = shardings(sharded, optimizer)
     moments = jax.jit(optimizer.init, out_shardings=place.optimizer)(trained(sharded, weights))
     return State(jax.device_put(jnp.zeros((), jnp.int32), place.step), weights, moments)

@@ -116,14 +116,25 @@ def reduce(gradient: Array, weight: P, place: P) -> Array:
 
 def make_step(sharded: Sharded, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """jitted (state, batch) -> (state, figures by name); the state given is consumed."""
-    config = sharded.config
-    gradients_of = make_gradients(sharded)
-    rate = schedule(config.optimizer, config.train.steps)
-    place = shardings(sharded, optimizer)
+    gradients_of, update = make_gradients(sharded), make_update(sharded, optimizer)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        gradients, figures = gradients_of(state.weights, batch, key)
+        return update(state, *gradients_of(state.weights, batch, step_key(sharded, state.step)))
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(sharded, optimizer), None))
+
+
+def step_key(sharded: Sharded, step: Array) -> Array:
+    """Of the random numbers of one step."""
+    return jax.random.fold_in(jax.random.key(sharded.config.train.seed), step)
+
+
+def make_update(sharded: Sharded, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """(state, gradients, figures) -> (state after the step, figures by name), on global arrays."""
+    config = sharded.config
+    rate = schedule(config.optimizer, config.train.steps)
+
+    def update(state: State, gradients: dict[str, Array], figures: Figures) -> tuple[State, dict[str, Array]]:
         norm = optax.tree.norm(gradients)  # of global arrays: every shard counts once
         if config.optimizer.clip:
             scale = jnp.minimum(1.0, config.optimizer.clip / (norm + 1e-12))
@@ -133,7 +144,7 @@ def make_step(sharded: Sharded, optimizer: optax.GradientTransformation) -> Call
         new = state.weights | optax.apply_updates(old, updates) | balanced(sharded, state.weights, figures.load)
         return State(state.step + 1, new, moments), figures._asdict() | {"grad_norm": norm, "lr": rate(state.step)}
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(place, None))
+    return update
 
 
 def balanced(sharded: Sharded, weights: dict[str, Array], load: Array) -> dict[str, Array]:

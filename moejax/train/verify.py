@@ -1,0 +1,220 @@
+"""Proof that the layout changes no numbers: the same steps on many meshes, dispatchers and microbatchings.
+
+Everything runs in float32 on fake CPU devices and is held against one device.  The tolerances are the rounding of
+float32 sums taken in another order: 1e-5 relative on the loss and the clip norm, 1e-4 on the norm of the difference of
+each gradient over its norm; routing decisions and drops are equal.
+"""
+
+import dataclasses
+import itertools
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from moejax import config as configs
+from moejax.config import Config, ConfigError
+from moejax.data.batch import Batch
+from moejax.data.loader import Samples, open_corpus, train_batch
+from moejax.model.router import Routing
+from moejax.model.sharded import Sharded, on_mesh
+from moejax.parallel import mesh as meshes
+from moejax.parallel.axes import rows
+from moejax.train import state as states
+from moejax.train.optimizer import make_optimizer
+from moejax.train.step import make_gradients, make_update, step_key
+
+LOSS, GRADIENT = 1e-5, 1e-4
+
+
+class Run(NamedTuple):
+    """What one layout computed: losses and norms by step, and of the first step gradients and decisions."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, np.ndarray]
+    decisions: np.ndarray  # [L B T A] expert, or -1 - expert where it was full
+
+
+class Difference(NamedTuple):
+    loss: float
+    norm: float
+    gradient: float  # the worst
+    tensor: str  # where that is
+    flips: int  # decisions that differ
+    wrong: list[str]  # what is beyond tolerance, the first tensor first
+
+
+def verify(config: Config, steps: int = 2) -> dict[str, Any]:
+    """Compare every layout that the config and its devices allow with one device; prints a table on stderr as it goes.
+
+    Returns: {"passed", "layouts": [{"layout", "loss", "gradient", "tensor", "flips", "clip_norm", "passed"}], "first"}.
+    Raises:
+        ConfigError: the config leaves nothing to compare with, or its text cannot be used.
+    """
+    if steps < 1:
+        raise ConfigError([f"--steps must be 1 or more; got {steps}"])
+    devices = config.mesh.fake_devices or 8
+    meshes.start(dataclasses.replace(config.mesh, fake_devices=devices))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute="float32"))
+    samples = Samples(open_corpus(config.data).train, config.data.sequence, config.data.seed)
+    batches = [train_batch(samples, config.data.batch, i) for i in range(steps)]
+    cases = layouts(config, devices)
+    if not cases:
+        raise ConfigError([f"no mesh of up to {devices} devices divides this config; set data.batch, model.heads or "
+                           "model.moe.experts to even numbers"])
+    # The same weights for all: that they start alike on every mesh is the initialisation's business.
+    weights = make_sharded(single(config)).init(config.train.seed)
+    reference = run(single(config), weights, batches)
+    say(f"relative differences from one device in float32, {steps} steps\n{'layout':<46} {'loss':<7}  {'clip':<7}  "
+        f"{'worst':<7}  {'decisions':<10} {'':<8} worst gradient in")
+    found = []
+    for name, case in cases:
+        found.append((name, compare(reference, run(case, weights, batches))))
+        say(row(*found[-1]))
+    return summary(found)
+
+
+def single(config: Config) -> Config:
+    train = dataclasses.replace(config.train, microbatches=1)
+    return dataclasses.replace(config, mesh=configs.Mesh(), train=train)
+
+
+def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
+    """Named variants of the config that its sizes allow: meshes first, then options, dispatchers and microbatches."""
+    found, own = [], config
+    config = single(config)
+
+    def add(name: str, case: Config) -> None:
+        if not configs.check(case) and case not in [config, *(c for _, c in found)]:
+            found.append((name, case))
+
+    for count in (1, 2, 3):
+        for axes in itertools.combinations(("data", "fsdp", "expert", "tensor"), count):
+            mesh = largest(config, axes, devices)
+            if mesh:
+                add(describe(mesh), dataclasses.replace(config, mesh=mesh))
+    add("as configured", dataclasses.replace(own, mesh=dataclasses.replace(own.mesh, fake_devices=0)))
+    for option, axes in (("sequence", ("data", "tensor")), ("zero1", ("data", "tensor"))):
+        mesh = largest(config, axes, devices)
+        if mesh:
+            mesh = dataclasses.replace(mesh, **{option: True})
+            add(f"{describe(mesh)} {option}", dataclasses.replace(config, mesh=mesh))
+    base = next((mesh for axes in (("data", "expert", "tensor"), ("expert", "tensor"), ("expert",), ("data",))
+                 if (mesh := largest(config, axes, devices))), configs.Mesh())
+    if "M" in config.model.layer_kinds():
+        for dispatcher in ("sorted", "blocked", "einsum"):
+            model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, dispatcher=dispatcher))
+            for mesh in (configs.Mesh(), base):
+                add(f"{describe(mesh)} {dispatcher}", dataclasses.replace(config, model=model, mesh=mesh))
+    for count in (2, 4):
+        train = dataclasses.replace(config.train, microbatches=count)
+        for mesh in (configs.Mesh(), base):
+            add(f"{describe(mesh)} microbatches {count}", dataclasses.replace(config, train=train, mesh=mesh))
+    if config.model.moe.balance_scope == "batch":  # whose loss is defined over a microbatch
+        found = [(name, case) for name, case in found if case.train.microbatches == 1]
+    return found
+
+
+def largest(config: Config, axes: tuple[str, ...], devices: int) -> configs.Mesh | None:
+    """The mesh of these axes, each 2 or longer, that uses the most of the devices and that the config allows."""
+    best = None
+    for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)):
+        mesh = configs.Mesh(**dict(zip(axes, lengths, strict=True)))
+        fits = mesh.devices() <= devices and not configs.check(dataclasses.replace(config, mesh=mesh))
+        if fits and (best is None or mesh.devices() > best.devices()):
+            best = mesh
+    return best
+
+
+def describe(mesh: configs.Mesh) -> str:
+    lengths = [f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "expert", "tensor")
+               if getattr(mesh, axis) > 1]
+    return " × ".join(lengths) or "one device"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_sharded(config: Config) -> Sharded:
+    return Sharded(config, meshes.make_mesh(config.mesh, jax.devices()[: config.mesh.devices()]))
+
+
+def run(config: Config, weights: dict[str, Array], batches: list[Batch]) -> Run:
+    """A few training steps of one layout from these weights."""
+    sharded = make_sharded(config)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
+    state = states.fresh(sharded, optimizer, jax.device_put(weights, sharded.shardings))
+    gradients_of = jax.jit(make_gradients(sharded))
+    update = jax.jit(make_update(sharded, optimizer), out_shardings=(states.shardings(sharded, optimizer), None))
+    losses, norms = [], []
+    for number, batch in enumerate(batches):
+        placed, key = on_mesh(sharded.mesh, batch), step_key(sharded, state.step)
+        if number == 0:
+            decisions = np.asarray(jax.jit(make_decisions(sharded))(state.weights, placed, key))
+        gradients, figures = gradients_of(state.weights, placed, key)
+        if number == 0:
+            first = {name: np.asarray(value) for name, value in gradients.items()}
+        state, found = update(state, gradients, figures)
+        losses.append(float(found["loss"]))
+        norms.append(float(found["grad_norm"]))
+    return Run(losses, norms, first, decisions)
+
+
+def make_decisions(sharded: Sharded) -> Any:
+    """(weights, batch, key) -> what the routers decide in training, [L B T A]: expert, or -1 - expert if it was full."""
+    place = rows(sharded.mesh.shape)
+
+    def device(weights: dict[str, Array], batch: Batch, key: Array) -> Array:
+        run = sharded.run(training=True, key=key, rows=batch.rows, sequence=False, remat="none")
+        routing: Routing | None = sharded.build(weights)(batch.tokens, run)[0].routing
+        if routing is None:
+            return jnp.zeros((0, *batch.tokens.shape, 0), jnp.int32) + batch.tokens[None, :, :, None] * 0
+        return jnp.where(routing.kept, routing.expert, -1 - routing.expert)
+
+    return sharded.program(device, (Batch(*[place] * 4), P()), P(None, *place))
+
+
+def compare(a: Run, b: Run) -> Difference:
+    """How far b is from a."""
+    def relative(x: list[float], y: list[float]) -> float:
+        return max(abs(p - q) / max(abs(p), 1e-30) if np.isfinite(q) else np.inf for p, q in zip(x, y, strict=True))
+
+    gaps = {name: gap(value, b.gradients[name]) for name, value in a.gradients.items()}
+    tensor = max(gaps, key=gaps.__getitem__)
+    flips = int(np.sum(a.decisions != b.decisions))
+    loss, norm = relative(a.losses, b.losses), relative(a.norms, b.norms)
+    wrong = [f"gradient of {name} differs by {value:.1e} of its norm (at most {GRADIENT:.0e})"
+             for name, value in gaps.items() if not value <= GRADIENT]
+    wrong += [f"loss differs by {loss:.1e} (at most {LOSS:.0e}): {a.losses} and {b.losses}"] * (not loss <= LOSS)
+    wrong += [f"clip norm differs by {norm:.1e} (at most {LOSS:.0e}): {a.norms} and {b.norms}"] * (not norm <= LOSS)
+    wrong += [f"{flips} routing decisions differ"] * (flips > 0)
+    return Difference(loss, norm, gaps[tensor], tensor, flips, wrong)
+
+
+def gap(a: np.ndarray, b: np.ndarray) -> float:
+    norm = float(np.linalg.norm(a))
+    difference = float(np.linalg.norm(a - b))
+    if not np.isfinite(difference):
+        return np.inf
+    return difference / norm if norm else difference
+
+
+def row(name: str, d: Difference) -> str:
+    """A line of the table."""
+    decisions = f"{d.flips} differ" if d.flips else "equal"
+    mark = "DIFFERS" if d.wrong else "same"
+    return f"{name:<46} {d.loss:>7.1e}  {d.norm:>7.1e}  {d.gradient:>7.1e}  {decisions:<10} {mark:<8} {d.tensor}"
+
+
+def summary(found: list[tuple[str, Difference]]) -> dict[str, Any]:
+    first = next((f"{name}: {d.wrong[0]}" for name, d in found if d.wrong), None)
+    say(f"verify: {first}" if first else f"verify: {len(found)} layouts give the same numbers")
+    return {"passed": first is None, "first": first, "layouts": [
+        {"layout": name, "loss": d.loss, "clip_norm": d.norm, "gradient": d.gradient, "tensor": d.tensor,
+         "flips": d.flips, "passed": not d.wrong} for name, d in found]}
