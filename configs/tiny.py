@@ -1,6 +1,6 @@
 """A model for quick checks: `moejax train configs/tiny.py`, 20 steps on one CPU."""
 
-from moejax.config import Checkpoint, Config, Data, MoE, Model, Optimizer, Train
+from moejax.config import Checkpoint, Config, Data, Model, MoE, Optimizer, Train
 
 
 def config() -> Config:

@@ -283,7 +283,7 @@ def check_ranges(config: Config) -> list[str]:
                 "train.eval_batches train.log_every checkpoint.every checkpoint.keep").split()
     shares = "data.validation optimizer.decay optimizer.final_lr optimizer.b1 optimizer.b2 model.moe.jitter".split()
     problems = []
-    for path, (kind, value) in leaves(config):
+    for path, (_, value) in leaves(config):
         if path in positive and value is not None and not value > 0:
             problems.append(f"{path} must be above 0; got {value}; set it to 1 or more")
         elif path in shares and not 0 <= value <= 1:
@@ -394,7 +394,8 @@ def from_json(text: str) -> Config:
         for key, value in values.items():
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, 1)
-                problems.append(f"unknown field {prefix + key!r}" + (f"; did you mean {prefix + near[0]}?" if near else ""))
+                hint = f"; did you mean {prefix + near[0]}?" if near else ""
+                problems.append(f"unknown field {prefix + key!r}{hint}")
             elif dataclasses.is_dataclass(hints[key]):
                 known[key] = build(hints[key], value, f"{prefix}{key}.")
             else:

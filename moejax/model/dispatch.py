@@ -113,7 +113,7 @@ class Plan(NamedTuple):
                    for a in range(weight.shape[1])).astype(rows.dtype)
 
 
-def take(rows: Float[Array, "Q *D"], index: Int[Array, " N"]) -> Float[Array, "N *D"]:
+def take(rows: Float[Array, "Q ..."], index: Int[Array, " N"]) -> Float[Array, "N ..."]:
     return rows.at[index].get(mode="promise_in_bounds")
 
 

@@ -44,7 +44,7 @@ class Norm(nnx.Module):
 
 
 def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Rotary position embedding (arXiv 2104.09864) on halves of the head: (x1, x2) turns by position × theta^(-2i/H)."""
+    """Rotary position embedding (arXiv 2104.09864) on halves of the head: pair i turns by position × theta^(-2i/H)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]

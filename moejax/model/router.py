@@ -182,8 +182,8 @@ def losses(
     total = jnp.sum(count, -1, keepdims=True)
     share, mean = count / total, jnp.mean(scores, 1)
     if moe.balance_scope == "batch":
-        sums = collectives.total((jnp.sum(count, 0), jnp.sum(total), jnp.mean(mean, 0), jnp.ones_like(total[0, 0])), BATCH)
-        share, mean = (sums[0] / sums[1])[None], (sums[2] / sums[3])[None]
+        count, total = collectives.total((jnp.sum(count, 0), jnp.sum(total)), BATCH)
+        share, mean = (count / total)[None], collectives.mean(jnp.mean(mean, 0, keepdims=True))
     balance = moe.experts * jnp.mean(jnp.sum(share * mean, -1))
     z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, -1)))
     dropped = jnp.sum((chosen & ~routing.kept).astype(jnp.float32))

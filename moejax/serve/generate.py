@@ -44,7 +44,8 @@ def generate_tokens(
         lengths[i] = len(prompt)
     index = np.arange(count, dtype=np.int32)
     inputs = on_mesh(sharded.mesh, (tokens, lengths, index))
-    options = (jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), jnp.int32(-1 if end is None else end))
+    stop = jnp.int32(-1 if end is None else end)
+    options = (jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), stop)
     out = np.asarray(program(sharded, new)(weights, *inputs, *options))[: len(prompts)].tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in out]
 

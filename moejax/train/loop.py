@@ -13,7 +13,15 @@ import numpy as np
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError
-from moejax.data.loader import Corpus, Samples, document_note, open_corpus, train_batch, unigram_loss, validation_batches
+from moejax.data.loader import (
+    Corpus,
+    Samples,
+    document_note,
+    open_corpus,
+    train_batch,
+    unigram_loss,
+    validation_batches,
+)
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
 from moejax.train import state as states
@@ -111,7 +119,8 @@ def claim(config: Config) -> Path:
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
     elif run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; set run_dir to a new folder"])
+        raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; "
+                           "set run_dir to a new folder"])
     run_dir.mkdir(parents=True, exist_ok=True)
     path.write_text(configs.to_json(config))
     return run_dir

@@ -47,7 +47,8 @@ def shardings(sharded: Sharded, optimizer: optax.GradientTransformation) -> Stat
 
 def abstract(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sharded.shapes.items()}
-    return State(jax.ShapeDtypeStruct((), jnp.int32), weights, jax.eval_shape(optimizer.init, trained(sharded, weights)))
+    moments = jax.eval_shape(optimizer.init, trained(sharded, weights))
+    return State(jax.ShapeDtypeStruct((), jnp.int32), weights, moments)
 
 
 def fresh(sharded: Sharded, optimizer: optax.GradientTransformation, weights: dict[str, Array] | None = None) -> State:

@@ -167,7 +167,7 @@ def run(config: Config, weights: dict[str, Array], batches: list[Batch]) -> Run:
 
 
 def make_decisions(sharded: Sharded) -> Any:
-    """(weights, batch, key) -> what the routers decide in training, [L B T A]: expert, or -1 - expert if it was full."""
+    """(weights, batch, key) -> what the routers decide in training, [L B T A]: the expert, or -1 - it if full."""
     place = rows(sharded.mesh.shape)
 
     def device(weights: dict[str, Array], batch: Batch, key: Array) -> Array:

@@ -14,7 +14,7 @@ from moejax.data.batch import Batch
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
 from moejax.train.optimizer import make_optimizer
-from moejax.train.state import fresh
+from moejax.train.state import fresh, trained
 from moejax.train.step import make_step
 
 
@@ -23,7 +23,7 @@ def measure(config, steps: int) -> dict:
     meshes.start(config.mesh)
     devices = None if config.mesh.fake_devices else jax.devices()[: config.mesh.devices()]
     sharded = Sharded(config, meshes.make_mesh(config.mesh, devices))
-    optimizer = make_optimizer(config.optimizer, steps, {n: a for n, a in sharded.axes.items() if sharded.trainable[n]})
+    optimizer = make_optimizer(config.optimizer, steps, trained(sharded, sharded.axes))
     state, step = fresh(sharded, optimizer), make_step(sharded, optimizer)
     random = np.random.default_rng(0)
     seconds, cpu, losses = [], [], []
