@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
         for name in positional:
             sub.add_argument(name, metavar=name.upper())
         if function is not report:
-            sub.add_argument("overrides", nargs="*", metavar="path.to.field=value", help="change the config")
+            sub.add_argument("overrides", nargs="*", default=[], metavar="path.to.field=value",
+                             help="change the config")
         sub.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
         sub.set_defaults(function=function)
         return sub
@@ -77,7 +78,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 it ran and failed, 2 what was asked for is wrong."""
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (rest and "overrides" not in args):
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = [*vars(args).get("overrides", ()), *rest]  # argparse gives up those after an option
     try:
         result = args.function(args)
     except ConfigError as error:

@@ -8,6 +8,7 @@ typed from the annotations, and reports every problem of both in one `ConfigErro
 import dataclasses
 import difflib
 import json
+import math
 import runpy
 import types
 import typing
@@ -166,18 +167,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] or [""], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near and near[0] else ""
-        raise ConfigError([f"a config is a Python file; {path} does not exist{hint}"])
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError([f"a config is a Python file; {path} {what}{hint}"])
     try:
-        config = runpy.run_path(str(path))["config"]()
-    except KeyError:
-        raise ConfigError([f"a config file defines config() -> Config; {path} does not"]) from None
-    except (SyntaxError, TypeError, NameError, ImportError) as error:
-        raise ConfigError([f"{path} does not run: {type(error).__name__}: {error}"]) from None
+        make = runpy.run_path(str(path)).get("config")
+        config = make() if callable(make) else None
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
+        raise ConfigError([f"{path} does not run: {type(error).__name__}: {error}"]) from error
+    if not callable(make):
+        raise ConfigError([f"a config file defines config() -> Config; {path} does not"])
     if not isinstance(config, Config):
-        raise ConfigError([f"config() returns a moejax Config; that of {path} returns a {type(config).__name__}"])
+        raise ConfigError([f"config() returns a moejax Config; that of {path} returns {type(config).__name__}"])
+    config, problems = override(config, overrides)
     if not config.name:
         config = dataclasses.replace(config, name=path.stem)
-    config, problems = override(config, overrides)
     if not config.run_dir:
         config = dataclasses.replace(config, run_dir=f"runs/{config.name}")
     problems += check(config)
@@ -193,9 +198,11 @@ def override(config: Config, overrides: Sequence[str]) -> tuple[Config, list[str
         path, equals, value = text.partition("=")
         if not equals:
             problems.append(f"an override is path.to.field=value; got {text!r}")
+        elif inside := [name for name in fields if name.startswith(f"{path}.")]:
+            problems.append(f"{path} is a group of fields; set one of {', '.join(inside)}")
         elif path not in fields:
-            near = difflib.get_close_matches(path, fields, 1, 0.5)
-            near = near or [name for name in fields if name.split(".")[-1] == path.split(".")[-1]]
+            alike = [name for name in fields if name.split(".")[-1] == path.split(".")[-1]]
+            near = difflib.get_close_matches(path, alike, 1, 0) or difflib.get_close_matches(path, fields, 1, 0.5)
             hint = f"; did you mean {near[0]}?" if near else f"; fields are {', '.join(fields)}"
             problems.append(f"unknown field {path!r}{hint}")
         else:
@@ -211,7 +218,7 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]
     hints = typing.get_type_hints(type(node))
     for f in dataclasses.fields(node):
         value = getattr(node, f.name)
-        if dataclasses.is_dataclass(hints[f.name]) and dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(hints[f.name]) and isinstance(value, hints[f.name]):
             yield from leaves(value, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, (hints[f.name], value)
@@ -250,6 +257,8 @@ def kind_name(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return "values separated by commas"
+    if dataclasses.is_dataclass(kind):
+        return f"a moejax.config.{kind.__name__}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return names.get(kind, str(kind))
 
@@ -276,20 +285,29 @@ def check(config: Config) -> list[str]:
 
 
 def check_ranges(config: Config) -> list[str]:
-    positive = ("model.layers model.d_model model.heads model.kv_heads model.head_dim model.hidden model.vocab "
-                "model.moe.experts model.moe.active model.moe.hidden model.moe.group model.moe.capacity_factor "
-                "model.moe.eval_capacity_factor mesh.data mesh.fsdp mesh.pipeline mesh.expert mesh.tensor "
-                "data.sequence data.batch optimizer.lr train.steps train.microbatches train.eval_every "
-                "train.eval_batches train.log_every checkpoint.every checkpoint.keep").split()
+    positive = ("model.layers model.d_model model.heads model.kv_heads model.head_dim model.hidden model.norm_eps "
+                "model.rope_theta model.vocab model.moe.experts model.moe.active model.moe.hidden model.moe.group "
+                "model.moe.capacity_factor model.moe.eval_capacity_factor mesh.data mesh.fsdp mesh.pipeline "
+                "mesh.expert mesh.tensor data.sequence data.batch optimizer.lr optimizer.eps train.steps "
+                "train.microbatches train.eval_every train.eval_batches train.log_every checkpoint.every "
+                "checkpoint.keep").split()
     shares = "data.validation optimizer.decay optimizer.final_lr optimizer.b1 optimizer.b2 model.moe.jitter".split()
     problems = []
     for path, (_, value) in leaves(config):
-        if path in positive and value is not None and not value > 0:
-            problems.append(f"{path} must be above 0; got {value}; set it to 1 or more")
+        if not isinstance(value, (int, float)):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{path} must be finite; got {value}")
+        elif path in positive and value <= 0:
+            problems.append(f"{path} must be above 0; got {value}" + "; set it to 1 or more" * isinstance(value, int))
         elif path in shares and not 0 <= value <= 1:
             problems.append(f"{path} must lie between 0 and 1; got {value}")
-        elif isinstance(value, (int, float)) and not value >= 0:
+        elif path in ("optimizer.b1", "optimizer.b2") and value == 1:
+            problems.append(f"{path} must be below 1, or nothing new is learned; got {value}")
+        elif value < 0:
             problems.append(f"{path} must not be negative; got {value}")
+        elif isinstance(value, int) and value >= 2**31:
+            problems.append(f"{path} must be below 2**31, as it is counted in 32 bits; got {value}")
     return problems
 
 
@@ -374,7 +392,8 @@ def check_mesh(config: Config) -> list[str]:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(max(n, 0)) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def up(n: int, multiple: int) -> int:
@@ -386,11 +405,14 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote.  Raises ConfigError on fields that this version does not know."""
+    """The config that `to_json` wrote.  Raises ConfigError on other text and on fields unknown to this version."""
     problems: list[str] = []
 
-    def build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    def build(cls: type, values: Any, prefix: str) -> Any:
         hints, known = typing.get_type_hints(cls), {}
+        if not isinstance(values, dict):
+            problems.append(f"{prefix.rstrip('.') or 'a config'} is a JSON object; got {values!r}")
+            return cls()
         for key, value in values.items():
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, 1)
@@ -402,7 +424,10 @@ def from_json(text: str) -> Config:
                 known[key] = tuple(value) if isinstance(value, list) else value
         return cls(**known)
 
-    config = build(Config, json.loads(text), "")
+    try:
+        config = build(Config, json.loads(text), "")
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"a config is a JSON object; this text is not ({error})"]) from None
     problems += [] if problems else check(config)
     if problems:
         raise ConfigError(problems)

@@ -1,13 +1,19 @@
 """Eight fake CPU devices, checked annotations, and no silent promotion of types or ranks in our own arithmetic."""
 
+import os
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# Most of the time of these tests is compilation, which this halves; the numbers are the same up to rounding.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+assert jax.device_count() == 8  # from now on no config's fake_devices can make it fewer
 
-install_import_hook("moejax", "beartype.beartype")
+# With the numeric tower an int is a float (PEP 484), as in `lr=1`.
+install_import_hook("moejax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture(autouse=True)

@@ -56,8 +56,8 @@ def forward(hidden: Array, weight: Array, targets: Array, weights: Array) -> tup
 
 
 def backward(saved: Any, grad: Array) -> tuple[Array, Array, None, None]:
-    d_hidden, d_weight = saved
-    return (grad * d_hidden).astype(d_hidden.dtype), (grad * d_weight).astype(d_weight.dtype), None, None
+    d_hidden, d_weight = ((grad * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
+    return d_hidden, d_weight, None, None
 
 
 share.defvjp(forward, backward)

@@ -63,8 +63,9 @@ def route(
     """
     expert, weight, scores = ROUTERS[moe.router](logits, bias, moe, seats)
     if moe.router == "expert_choice":
-        slot = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1, stable=True)
-        routing = Routing(expert, weight, slot.astype(jnp.int32), slot < seats)
+        rank = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1, stable=True).astype(jnp.int32)
+        slot = collectives.match(rank, scores)  # JAX types an argsort as equal on all devices, whatever was sorted
+        routing = Routing(expert, weight, slot, slot < seats)
         chosen = routing.kept
     else:
         slot = queue(expert, weight, moe)
@@ -182,9 +183,9 @@ def losses(
     total = jnp.sum(count, -1, keepdims=True)
     share, mean = count / total, jnp.mean(scores, 1)
     if moe.balance_scope == "batch":
-        count, total = collectives.total((jnp.sum(count, 0), jnp.sum(total)), BATCH)
-        share, mean = (count / total)[None], collectives.mean(jnp.mean(mean, 0, keepdims=True))
-    balance = moe.experts * jnp.mean(jnp.sum(share * mean, -1))
+        choices, every = collectives.total((jnp.sum(count, 0), jnp.sum(total)), BATCH)
+        share, mean = (choices / every)[None], collectives.mean(jnp.mean(mean, 0, keepdims=True))
+    balance = collectives.match(moe.experts * jnp.mean(jnp.sum(share * mean, -1)), scores)  # this device's part of a mean
     z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, -1)))
     dropped = jnp.sum((chosen & ~routing.kept).astype(jnp.float32))
     return Losses(balance, z, jnp.sum(count, 0), dropped)

@@ -1,5 +1,6 @@
 """A model on a mesh: where its weights lie, how they start, and how a function of one device becomes a program."""
 
+import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
@@ -48,7 +49,7 @@ class Sharded:
         """How many there are: all, and those that work on a token."""
         moe, count, active = self.config.model.moe, 0, 0
         for name, shape in self.shapes.items():
-            size = jnp.size(jax.ShapeDtypeStruct(shape, jnp.float32))
+            size = math.prod(shape)
             count += size
             active += size * moe.active // moe.experts if "expert" in axes.names(self.axes[name]) else size
         return count, active
@@ -75,7 +76,8 @@ class Sharded:
         def device(values: dict[str, Array], tokens: Array) -> Output:
             model, run = self.build(values), self.run(sequence=False, remat="none")
             output, _ = model(tokens, run)
-            losses = output.losses and collectives.mean(output.losses)
+            losses = output.losses and Losses(*collectives.mean(output.losses[:2]),
+                                              *collectives.total(output.losses[2:], axes.BATCH))
             return output._replace(logits=model.logits(output.hidden, run), losses=losses)
 
         experts = "M" in self.config.model.layer_kinds()
@@ -90,7 +92,7 @@ class Sharded:
         for name, text in self.axes.items():
             if "->" in text and not text.startswith("vocab"):
                 share = moe.active / moe.experts if "expert" in axes.names(text) else 1
-                count += 2 * share * jnp.size(jax.ShapeDtypeStruct(self.shapes[name], jnp.float32))
+                count += 2 * share * math.prod(self.shapes[name])
         if model.tied:
             count += 2 * model.vocab * model.d_model
         return count + model.layers * 4 * model.heads * model.head_dim * (self.config.data.sequence + 1) / 2

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from moejax.parallel import mesh as meshes
 from moejax.train import state as states
 from moejax.train.checkpoint import Checkpoints
 from moejax.train.evaluate import validation_loss
-from moejax.train.metrics import MetricsLog
+from moejax.train.metrics import MetricsLog, read_metrics
 from moejax.train.optimizer import make_optimizer
 from moejax.train.progress import Progress
 from moejax.train.step import make_evaluation, make_step
@@ -61,6 +63,7 @@ def train(config: Config) -> dict[str, Any]:
     held_out = Samples(corpus.validation, config.data.sequence, config.data.seed) if config.data.validation else None
 
     # Restore
+    keep(config, run_dir)
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if start:
@@ -72,8 +75,9 @@ def train(config: Config) -> dict[str, Any]:
 
     # Train
     last = config.train.steps
-    record: dict[str, Any] = {}
-    with MetricsLog(run_dir, start) as log, Progress(last, start, log_every=config.train.log_every) as progress:
+    with (closing(checkpoints), MetricsLog(run_dir, start) as log,
+          Progress(last, start, log_every=config.train.log_every) as progress):
+        record = read_metrics(run_dir)[-1] if start >= last else {}
         for note in notes(config, corpus, sharded, start):
             progress.say(note)
         meter = Meter(config, sharded)
@@ -96,20 +100,24 @@ def train(config: Config) -> dict[str, Any]:
             # Save
             if number % config.checkpoint.every == 0 or number == last:
                 checkpoints.save(number, state)
-        checkpoints.close()
     return record
 
 
 def claim(config: Config) -> Path:
-    """The run folder, holding this config from now on.
+    """The run folder, made if it is not there.
 
     Raises:
-        ConfigError: it holds the run of a config that learns something else, or is a file.
+        ConfigError: it holds the run of a config that learns something else, or other files, or cannot be made.
     """
     run_dir = Path(config.run_dir)
     path = run_dir / "config.json"
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError([f"run_dir is a folder; {run_dir} is a file; set run_dir to another path"])
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
+                           "set run_dir to another"]) from None
     if path.exists():
         old = dict(configs.leaves(configs.from_json(path.read_text())))
         new = dict(configs.leaves(config))
@@ -118,12 +126,16 @@ def claim(config: Config) -> Path:
         if differ:
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; "
-                           "set run_dir to a new folder"])
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(configs.to_json(config))
+    elif any(run_dir.iterdir()):
+        raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; set run_dir to a new folder"])
     return run_dir
+
+
+def keep(config: Config, run_dir: Path) -> None:
+    """Write config.json, whole or not at all: from now on the folder is this config's."""
+    fresh = run_dir.with_name(f"{run_dir.name}.config.tmp")  # beside the folder, which holds other files without it
+    fresh.write_text(configs.to_json(config))
+    os.replace(fresh, run_dir / "config.json")
 
 
 def describe(config: Config, sharded: Sharded, run_dir: Path) -> None:

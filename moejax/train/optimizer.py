@@ -23,21 +23,23 @@ def adamw(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.Gradi
 
 def adafactor(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
     """arXiv 1804.04235 without momentum; decay is scaled by the learning rate as in AdamW."""
-    return optax.chain(
-        optax.adafactor(None, multiply_by_parameter_scale=False, eps=1e-30),
-        optax.scale(-1.0),  # optax's adafactor without a rate descends; below expects ascent
-        optax.add_decayed_weights(o.weight_decay, matrices(axes)),
-        optax.scale_by_learning_rate(rate))
+    return decayed(optax.adafactor(None, multiply_by_parameter_scale=False, eps=1e-30), o, rate, axes)
 
 
 def muon(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
     """Muon on the hidden matrices, layer by layer and expert by expert, at AdamW's update size (arXiv 2502.16982);
-    AdamW on embedding, head and vectors.
+    AdamW, with Nesterov momentum too, on embedding, head and vectors.
     """
-    return contrib.muon(
-        rate, eps=o.eps, weight_decay=o.weight_decay, weight_decay_mask=matrices(axes), adam_b1=o.b1, adam_b2=o.b2,
-        adam_weight_decay=o.weight_decay, consistent_rms=0.2,
-        muon_weight_dimension_numbers={name: dimensions(text) for name, text in axes.items()})
+    rule = contrib.muon(1.0, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2, consistent_rms=0.2,
+                        muon_weight_dimension_numbers={name: dimensions(text) for name, text in axes.items()})
+    return decayed(rule, o, rate, axes)
+
+
+def decayed(rule: optax.GradientTransformation, o: configs.Optimizer, rate: optax.Schedule,
+            axes: Axes) -> optax.GradientTransformation:
+    """A rule that descends at rate 1, with the decay of AdamW (optax's own would decay vectors too) and a rate."""
+    return optax.chain(rule, optax.scale(-1.0), optax.add_decayed_weights(o.weight_decay, matrices(axes)),
+                       optax.scale_by_learning_rate(rate))
 
 
 def dimensions(axes: str) -> contrib.MuonDimensionNumbers | None:
