@@ -27,12 +27,17 @@ class Model:
         """Output(logits "B T V", hidden "B T D", routing "L B T A", losses) as in evaluation.
 
         Raises:
-            ConfigError: B is not a multiple of the mesh's batch shards.
+            ConfigError: B is not a multiple of the mesh's batch shards, or T none of the routing group.
         """
-        shards = self.config.mesh.batch_shards()
+        shards, group, problems = self.config.mesh.batch_shards(), self.config.model.moe.group, []
         if len(tokens) % shards:
-            raise configs.ConfigError([f"the number of sequences must be a multiple of the mesh's batch shards; got "
-                                       f"{len(tokens)} and {shards}; pad the batch, or load with mesh.data=1"])
+            problems.append(f"the number of sequences must be a multiple of the mesh's batch shards; got "
+                            f"{len(tokens)} and {shards}; pad the batch, or load with mesh.data=1")
+        if group is not None and tokens.shape[1] > group and tokens.shape[1] % group:
+            problems.append(f"the number of tokens must be a multiple of model.moe.group, or below it; got "
+                            f"{tokens.shape[1]} and {group}; pad the sequences")
+        if problems:
+            raise configs.ConfigError(problems)
         return self.sharded.forward(self.weights, on_mesh(self.sharded.mesh, np.asarray(tokens, np.int32)))
 
 

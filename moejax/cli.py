@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,12 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     from moejax import api
 
     model = api.load(args.run, args.overrides)
-    texts = api.generate(model, [args.prompt], args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    trained, length = model.config.data.sequence, len(model.tokenizer.encode(args.prompt))
+    new = max(trained - length, 1) if args.max_new_tokens is None else args.max_new_tokens
+    if length + new > trained:
+        print(f"moejax generate: {length + new} tokens are more than the {trained} of data.sequence in training; what "
+              "comes after is likely to be worse", file=sys.stderr)
+    texts = api.generate(model, [args.prompt], new, args.temperature, args.top_p, args.seed)
     with (Path(args.run) / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": args.prompt, "text": texts[0]}) + "\n")
     if not args.json:
@@ -68,10 +74,10 @@ def parser() -> argparse.ArgumentParser:
     command(train, "config")
     command(verify, "config").add_argument("--steps", type=int, default=2, help="training steps to compare (2)")
     text = command(generate, "run", "prompt")
-    text.add_argument("--max-new-tokens", type=int, default=200)
-    text.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    text.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest tokens up to this share (1)")
-    text.add_argument("--seed", type=int, default=0)
+    text.add_argument("--max-new-tokens", type=int, help="default: up to the sequence length of training")
+    text.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (0.6)")
+    text.add_argument("--top-p", type=float, default=0.9, help="draw among the likeliest tokens up to this share (0.9)")
+    text.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     command(report, "run")
     return top
 
@@ -98,5 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if result.get("passed", True) else 1
 
 
+def run() -> int:
+    """The `moejax` command.  On Linux it starts itself again with large pages for large allocations: XLA on a CPU takes
+    its buffers anew from the kernel in every step, and clearing them in small pages is a third of the CPU time.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and {"train", "verify"} & set(sys.argv[1:2]):
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, "-m", "moejax.cli", *sys.argv[1:]])
+    return main()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -381,7 +381,7 @@ def check_mesh(config: Config) -> list[str]:
             "data.batch must be a multiple of mesh.data × mesh.fsdp × mesh.expert × train.microbatches; "
             f"got {data.batch} and {mesh.data} × {mesh.fsdp} × {mesh.expert} × {config.train.microbatches} = {shards}; "
             f"set data.batch={up(data.batch, shards)}")
-    if mesh.fake_devices and mesh.fake_devices != mesh.devices():
+    if min(mesh.fake_devices, mesh.devices()) > 0 and mesh.fake_devices != mesh.devices():
         problems.append(
             "the mesh axes must multiply to mesh.fake_devices; "
             f"got {' × '.join(f'{a} {getattr(mesh, a)}' for a in ('data', 'fsdp', 'pipeline', 'expert', 'tensor'))} "

@@ -218,6 +218,12 @@ def test_more_choices_than_experts():
         "raise model.moe.active_groups"]
 
 
+def test_one_wrong_axis_is_one_problem():
+    """No repair that would be wrong itself."""
+    assert problems("mesh.data=0", "mesh.fake_devices=4") == ["mesh.data must be above 0; got 0; set it to 1 or more"]
+    assert problems("mesh.fake_devices=-1") == ["mesh.fake_devices must not be negative; got -1"]
+
+
 def test_rules_of_what_a_model_does_not_have_do_not_bind():
     dense = ["model.pattern=D", "model.moe.active=9", "model.moe.group=3", "model.moe.router=expert_choice",
              "model.moe.capacity_factor=none", "mesh.tensor=2", "model.moe.hidden=9", "mesh.expert=1"]

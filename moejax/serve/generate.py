@@ -56,7 +56,7 @@ def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperat
         problems.append("a prompt has at least one token; got an empty one")
     if new < 1:
         problems.append(f"max_new_tokens must be 1 or more; got {new}")
-    if temperature < 0:
+    if not temperature >= 0:
         problems.append(f"temperature must not be negative; got {temperature}; 0 takes the likeliest token")
     if not 0 < top_p <= 1:
         problems.append(f"top_p must be above 0 and at most 1; got {top_p}")

@@ -37,6 +37,7 @@ from moejax.train.step import make_evaluation, make_step
 # What may differ between a run folder and the config that resumes it: nothing of it changes what is learned.
 FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbatches", "train.remat", "train.eval_",
         "train.log_every", "checkpoint.", "model.moe.dispatcher")
+TEMPORARY = "config.json.tmp"
 
 
 class Diverged(RuntimeError):
@@ -77,7 +78,7 @@ def train(config: Config) -> dict[str, Any]:
     last = config.train.steps
     with (closing(checkpoints), MetricsLog(run_dir, start) as log,
           Progress(last, start, log_every=config.train.log_every) as progress):
-        record = read_metrics(run_dir)[-1] if start >= last else {}
+        record = (read_metrics(run_dir) or [{}])[-1]
         for note in notes(config, corpus, sharded, start):
             progress.say(note)
         meter = Meter(config, sharded)
@@ -126,14 +127,15 @@ def claim(config: Config) -> Path:
         if differ:
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
-    elif any(run_dir.iterdir()):
-        raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; set run_dir to a new folder"])
+    elif any(each.name != TEMPORARY for each in run_dir.iterdir()):
+        raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; "
+                           "set run_dir to a new folder"])
     return run_dir
 
 
 def keep(config: Config, run_dir: Path) -> None:
     """Write config.json, whole or not at all: from now on the folder is this config's."""
-    fresh = run_dir.with_name(f"{run_dir.name}.config.tmp")  # beside the folder, which holds other files without it
+    fresh = run_dir / TEMPORARY
     fresh.write_text(configs.to_json(config))
     os.replace(fresh, run_dir / "config.json")
 

@@ -10,13 +10,14 @@ from moejax import config as configs
 from moejax.model import weights
 from moejax.parallel.mesh import make_mesh
 
+ONE, EVERYWHERE = configs.Mesh(), P()
+
 
 @pytest.fixture(scope="session")
 def inside():
     """inside(function, *global inputs): `function` on every device of a mesh, by default of one; jitted, to numpy."""
 
-    def run(function, *inputs, mesh: configs.Mesh | None = None, before=P(), after=P()):
-        mesh = mesh or configs.Mesh()
+    def run(function, *inputs, mesh=ONE, before=EVERYWHERE, after=EVERYWHERE):
         devices = make_mesh(mesh, jax.devices()[: mesh.devices()])
         out = jax.jit(jax.shard_map(function, mesh=devices, in_specs=before, out_specs=after))(*inputs)
         return jax.device_get(out)

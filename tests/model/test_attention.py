@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import config as configs
 from moejax.model import attention, cache, weights
 from moejax.model.layers import Pass
-from moejax.parallel import axes
+from moejax.parallel import axes, collectives
 from moejax.parallel.mesh import make_mesh
 
 HEADS = {"multi-head": (3, 3), "grouped-query": (6, 2), "multi-query": (5, 1)}
@@ -62,25 +62,29 @@ def test_blocks_change_nothing(length: int, name: str):
 
 def test_long_sequences_have_eight_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "SMALLEST", 2)
-    found = []
-    one_block = attention.one_block
-    monkeypatch.setattr(attention, "one_block", lambda q, k, v: found.append((q.shape[3], k.shape[3])) or one_block(q, k, v))
+    found, one_block = [], attention.one_block
+
+    def recorded(q, k, v):
+        found.append((q.shape[3], k.shape[3]))
+        return one_block(q, k, v)
+
+    monkeypatch.setattr(attention, "one_block", recorded)
     for got, want in zip(*both(43, 6, 2), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     # ceil(43 / 8) = 6 queries a block and 1 in the last; no block multiplies keys after its own end
     assert found[:8] == [(6, 6), (6, 12), (6, 18), (6, 24), (6, 30), (6, 36), (6, 42), (1, 43)]
 
 
+jitted = jax.jit(attention.blocked)
+
+
 @pytest.mark.parametrize("t", [0, 1, 63, 64, 65, 96])
 def test_nothing_sees_what_comes_after_it(t: int):
     q, k, v = qkv(97, 6, 2)
-    before = np.asarray(BLOCKED(q, k, v))
-    after = np.asarray(BLOCKED(*(x.at[:, t].add(1.) for x in (q, k, v))))
+    before = np.asarray(jitted(q, k, v))
+    after = np.asarray(jitted(*(x.at[:, t].add(1.) for x in (q, k, v))))
     assert np.array_equal(after[:, :t], before[:, :t])
     assert not np.any(np.all(after[:, t:] == before[:, t:], (1, 2, 3)))
-
-
-BLOCKED = jax.jit(attention.blocked)
 
 
 def test_scores_are_float32_in_bfloat16():
@@ -116,7 +120,7 @@ def gradients(layer, values, x, mesh: configs.Mesh, sequence: bool):
 
 
 @pytest.mark.parametrize(("heads", "kv", "tensor", "sequence"), [
-    (4, 1, 4, False), (8, 2, 4, False), (8, 2, 4, True), (3, 1, 3, True), (8, 4, 4, False)])
+    (4, 1, 4, False), (8, 2, 4, True), (6, 3, 3, False)])
 def test_attention_on_tensor_shards_is_that_of_one_device(made, heads: int, kv: int, tensor: int, sequence: bool):
     layer, values = made(attention.Attention, model(heads, kv))
     x = np.random.default_rng(0).normal(size=(2, 12, 10)).astype(np.float32)
@@ -127,7 +131,7 @@ def test_attention_on_tensor_shards_is_that_of_one_device(made, heads: int, kv: 
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kv", "tensor"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("kv", "tensor"), [(1, 2), (2, 2)])
 def test_a_cache_changes_nothing(inside, made, kv: int, tensor: int):
     """A prompt in one piece, then pieces of other sizes; the two sequences stand at different positions."""
     layer, values = made(attention.Attention, model(4, kv))
@@ -141,7 +145,7 @@ def test_a_cache_changes_nothing(inside, made, kv: int, tensor: int):
     def pieces(values, x):
         part = weights.assemble(layer, values)
         empty = cache.empty(layer.model, 1, 2, 15, tensor, jnp.dtype(jnp.float32))
-        now = jax.tree.map(lambda a: attention.collectives.vary(a[0], ("tensor",)), empty)
+        now = jax.tree.map(lambda a: collectives.vary(a[0], ("tensor",)), empty)
         # The second sequence first reads its own first 3 tokens, so that it is ahead of the other ever after.
         ahead = jnp.concatenate([x[1:, :3], x[1:, :3]])
         _, now = part(ahead, positions(3), Pass(), now)
@@ -162,7 +166,8 @@ def test_a_cache_changes_nothing(inside, made, kv: int, tensor: int):
 
 
 def test_a_cache_writes_each_sequence_where_it_stands():
-    old = jax.tree.map(lambda a: a[0], cache.empty(configs.Model(kv_heads=1, head_dim=2), 1, 2, 5, 1, jnp.dtype(jnp.bfloat16)))
+    stack = cache.empty(configs.Model(kv_heads=1, head_dim=2), 1, 2, 5, 1, jnp.dtype(jnp.bfloat16))
+    old = jax.tree.map(lambda a: a[0], stack)
     assert old.k.shape == (2, 5, 1, 2) and old.k.dtype == jnp.bfloat16
     new = jnp.arange(8, dtype=jnp.float32).reshape(2, 2, 1, 2) + 1
     now = old.write(new, -new, jnp.asarray([[0, 1], [3, 4]], jnp.int32))

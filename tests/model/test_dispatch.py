@@ -25,10 +25,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "BLOCK", 8)
 
 
+decide = jax.jit(lambda logits, moe, seats: router.route(logits, jnp.zeros(E), moe, seats)[0], static_argnums=(1, 2))
+
+
 def route(moe: configs.MoE, seats: int, lean=0.0, seed: int = 0):
     """A routing of random logits as numpy; `lean` is added to those of each expert."""
     logits = np.random.default_rng(seed).normal(size=(R, M, E)).astype(np.float32) + np.asarray(lean, np.float32)
-    return jax.tree.map(np.asarray, router.route(jnp.asarray(logits), jnp.zeros(E), moe, seats)[0])
+    return jax.device_get(decide(logits, moe, seats))
 
 
 def values(seed: int = 0):
@@ -60,8 +63,11 @@ def loop(x, up, down, upstream, routing):
     return y, dx, dup, ddown, dweight
 
 
+ONE = configs.Mesh()
+
+
 @functools.cache
-def compiled(name: str, seats: int, mesh: configs.Mesh = configs.Mesh(), block: int = 8):
+def compiled(name: str, seats: int, mesh: configs.Mesh = ONE, block: int = 8):
     """What `loop` returns, of a dispatcher on a mesh, jitted; the tensor shards' parts are summed as in the model."""
     def run(x, up, down, upstream, routing):
         def device(x, up, down, weight, expert, slot, kept):

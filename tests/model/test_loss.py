@@ -21,7 +21,8 @@ def inputs(dtype=np.float32):
     random = np.random.default_rng(0)
     weights = np.where(np.arange(N) % 3 == 0, 0, np.where(np.arange(N) % 2, 1, .5)).astype(np.float32)
     targets = np.concatenate([[0, V - 1, 6, 7], random.integers(0, V, N - 4)]).astype(np.int32)  # also edges of shards
-    return (jnp.asarray(random.normal(size=(N, D)), dtype), jnp.asarray(random.normal(size=(D, V)), dtype), targets, weights)
+    hidden, weight = (jnp.asarray(random.normal(size=shape), dtype) for shape in ((N, D), (D, V)))
+    return hidden, weight, targets, weights
 
 
 def naive(hidden, weight, targets, weights):

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -31,17 +30,20 @@ TOPK = MoE(experts=4, active=2, hidden=28, shared=1, group=18, capacity_factor=.
 SIGMOID = replace(TOPK, router="sigmoid", expert_groups=2, active_groups=1, priority="score", jitter=.2, scale=1.5)
 CHOICE = replace(TOPK, router="expert_choice", balance_scope="batch", group=None, shared=0)
 
+ONE = Mesh()
 
-def config(moe: MoE = TOPK, mesh: Mesh = Mesh(), dispatcher: str = "sorted", microbatches: int = 1, **model) -> Config:
-    """Two dense and two MoE layers; two KV heads, so that they are fewer than four tensor shards."""
-    return Config(
-        model=Model(layers=4, pattern="DM", d_model=24, heads=4, kv_heads=2, head_dim=6, hidden=20, vocab=44, **model,
-                    moe=replace(moe, dispatcher=dispatcher)),
-        mesh=mesh, data=Data(sequence=36, batch=16), train=Train(microbatches=microbatches))
+
+def config(moe: MoE = TOPK, mesh: Mesh = ONE, dispatcher: str = "sorted", microbatches: int = 1, **model) -> Config:
+    """Two MoE layers; two KV heads, so that they are fewer than four tensor shards."""
+    model = {"layers": 2, "d_model": 24, "heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 20, "vocab": 44} | model
+    return Config(model=Model(**model, moe=replace(moe, dispatcher=dispatcher)), mesh=mesh,
+                  data=Data(sequence=36, batch=16), train=Train(microbatches=microbatches))
 
 
 # Compiling is the time of these tests, half of it in LLVM passes that change no collective.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # an emitter that is slower still, and no option any more
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def batch() -> Batch:
@@ -55,10 +57,10 @@ def batch() -> Batch:
 class Outcome(NamedTuple):
     gradients: dict[str, np.ndarray]
     figures: Any
-    decisions: tuple[np.ndarray, ...]  # expert, slot, kept: [L B T A]; none with microbatches, which they know not of
+    decisions: tuple[np.ndarray, ...]  # expert, slot, kept: [L B T A]; not asked for with microbatches
 
 
-def program(sharded: Sharded):
+def program(sharded: Sharded, decisions: bool = True):
     """(weights, batch, key) -> gradients, figures and decisions in training."""
     place = axes.rows(sharded.mesh.shape)
 
@@ -68,20 +70,22 @@ def program(sharded: Sharded):
         return routing.expert, routing.slot, routing.kept
 
     decide = sharded.program(device, (Batch(*[place] * 4), P()), P(None, *place))
-    gradients, one = make_gradients(sharded), sharded.config.train.microbatches == 1
-    return jax.jit(lambda *inputs: (*gradients(*inputs), decide(*inputs) if one else ()), compiler_options=QUICK)
+    gradients = make_gradients(sharded)
+    return jax.jit(lambda *inputs: (*gradients(*inputs), decide(*inputs) if decisions else ()), compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")
 def outcome(numbers):
     @functools.cache
-    def run(config: Config) -> Outcome:
+    def run(config: Config, decisions: bool = True) -> Outcome:
         sharded = Sharded(config, make_mesh(config.mesh, jax.devices()[: config.mesh.devices()]))
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            found = program(sharded)(numbers(sharded), on_mesh(sharded.mesh, batch()), jax.random.key(1))
+            inputs = numbers(sharded), on_mesh(sharded.mesh, batch()), jax.random.key(1)
+            found = program(sharded, decisions and config.train.microbatches == 1)(*inputs)
         for name, spec in optimizer_specs(sharded).items():
-            gradient = found[0].get(name)
-            assert gradient is None or gradient.sharding.is_equivalent_to(NamedSharding(sharded.mesh, spec), gradient.ndim)
+            if name in found[0]:
+                place = NamedSharding(sharded.mesh, spec)
+                assert found[0][name].sharding.is_equivalent_to(place, len(sharded.shapes[name])), name
         return Outcome(*jax.device_get(found))
 
     return run
@@ -106,7 +110,7 @@ def test_the_case_is_telling(outcome):
     one = outcome(config())
     assert .2 < one.figures.dropped.sum() / one.figures.load.sum() < .4
     assert np.all(one.figures.load > 0)
-    assert len(one.gradients) == 21 and min(np.linalg.norm(g) for g in one.gradients.values()) > 1e-2
+    assert len(one.gradients) == 14 and min(np.linalg.norm(g) for g in one.gradients.values()) > 1e-2
     np.testing.assert_allclose(one.figures.load.sum(-1), 16 * 36 * 2)
     assert not check(replace(config(), model=replace(config().model, vocab=264)))
 
@@ -115,9 +119,8 @@ def test_the_case_is_telling(outcome):
     (Mesh(), "einsum", 2),
     (Mesh(data=8), "sorted", 2),
     (Mesh(fsdp=8), "blocked", 1),
-    (Mesh(data=4, tensor=2), "blocked", 4),
-    (Mesh(expert=4, tensor=2), "sorted", 1),
-    (Mesh(fsdp=2, expert=2, tensor=2), "blocked", 1),
+    (Mesh(data=4, tensor=2), "sorted", 4),
+    (Mesh(expert=4, tensor=2), "blocked", 1),
     (Mesh(data=2, expert=2, tensor=2, sequence=True), "einsum", 1),
     (Mesh(data=2, expert=2, tensor=2, zero1=True), "sorted", 2),
     (Mesh(tensor=4, sequence=True), "sorted", 1),
@@ -126,12 +129,13 @@ def test_a_mesh_changes_nothing(outcome, mesh: Mesh, dispatcher: str, microbatch
     assert not different(outcome(config(TOPK, mesh, dispatcher, microbatches)), outcome(config()))
 
 
-@pytest.mark.parametrize(("moe", "mesh", "dispatcher", "microbatches"), [
-    (SIGMOID, Mesh(data=2, fsdp=2, expert=2), "sorted", 2),
-    (CHOICE, Mesh(data=2, expert=2, tensor=2, sequence=True), "blocked", 1),
+@pytest.mark.parametrize(("moe", "mesh", "dispatcher", "microbatches", "model"), [
+    (SIGMOID, Mesh(data=2, fsdp=2, expert=2), "sorted", 2, {"layers": 1}),
+    (CHOICE, Mesh(data=2, expert=2, tensor=2, sequence=True), "blocked", 1, {"layers": 1, "activation": "gelu"}),
+    (TOPK, Mesh(fsdp=2, expert=2, tensor=2, sequence=True), "sorted", 1, {"pattern": "DM", "tied": True}),
 ])
-def test_other_routers_know_no_mesh_either(outcome, moe: MoE, mesh: Mesh, dispatcher: str, microbatches: int):
-    assert not different(outcome(config(moe, mesh, dispatcher, microbatches)), outcome(config(moe)))
+def test_other_models_know_no_mesh_either(outcome, moe: MoE, mesh: Mesh, dispatcher: str, microbatches: int, model):
+    assert not different(outcome(config(moe, mesh, dispatcher, microbatches, **model)), outcome(config(moe, **model)))
 
 
 def test_the_public_forward_pass_changes_with_no_mesh_either(numbers):
@@ -157,7 +161,7 @@ def test_bfloat16_learns_nearly_the_same(numbers, outcome):
     gradients are compared as a whole, where they agree to a few percent, and the losses to one.
     """
     bfloat16 = replace(config(mesh=Mesh(expert=2), dispatcher="blocked"), train=Train(compute="bfloat16"))
-    got, want = outcome(bfloat16), outcome(config())
+    got, want = outcome(bfloat16, False), outcome(config())
     assert {g.dtype for g in got.gradients.values()} == {np.dtype(np.float32)}
     for name in ("loss", "balance", "z"):
         np.testing.assert_allclose(getattr(got.figures, name), getattr(want.figures, name), rtol=1e-2)
@@ -178,10 +182,6 @@ def other_axes(x, split, concat):
     return lax.all_to_all(x, "expert", concat, split, tiled=True)
 
 
-def own_part(x, dim):
-    return jnp.concatenate([x, x], dim)
-
-
 def nothing(tree, axes):
     return tree
 
@@ -189,12 +189,11 @@ def nothing(tree, axes):
 @pytest.mark.parametrize(("verb", "wrong", "mesh"), [
     ("leave", mean_not_sum, Mesh(tensor=2)),
     ("exchange", next_device, Mesh(expert=2)),
-    ("gather", own_part, Mesh(fsdp=2)),
 ])
 def test_a_wrong_collective_is_seen(outcome, numbers, monkeypatch, verb: str, wrong, mesh: Mesh):
     want = outcome(config())
     monkeypatch.setattr(collectives, verb, wrong)
-    assert len(different(outcome(config(mesh=replace(mesh, fake_devices=2))), want)) > 5
+    assert len(different(outcome(config(mesh=replace(mesh, fake_devices=2)), False), want)) > 5
 
 
 @pytest.mark.parametrize(("verb", "wrong", "mesh"), [

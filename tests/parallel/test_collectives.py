@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import Mesh
 from moejax.parallel import collectives
+from moejax.parallel.axes import AXES
 from moejax.parallel.mesh import make_mesh
 
 COLLECTIVE = re.compile(r"\b(psum\w*|all_gather\w*|reduce_scatter|all_to_all|ppermute|pmax|pvary|pcast)\[")
@@ -143,12 +144,12 @@ def test_vary_changes_no_value_and_sums_gradients():
 def test_match_varies_where_any_of_the_others_does():
     def types(x, y):
         zero = jnp.zeros(())
-        found.append([collectives.varying(v) for v in (zero, collectives.match(zero, x), collectives.match(zero, x, y))])
+        found.extend(map(collectives.varying, (zero, collectives.match(zero, x), collectives.match(zero, x, y))))
         return x
 
     found: list = []
     program(types, Mesh(data=2, tensor=2), (P("data"), P("tensor")), P("data"))(np.ones(2), np.ones(2))
-    assert found[0] == [frozenset(), {"data"}, {"data", "tensor"}]
+    assert found == [frozenset(), {"data"}, {"data", "tensor"}]
 
 
 def test_mean_is_over_the_batch_axes_and_tensor():
@@ -196,7 +197,7 @@ VERBS = {  # function, the axis it works on, where its input lies there
     "exchange": (lambda x: collectives.exchange(x, 0, 1), "expert", P("expert")),
     "collect": (collectives.collect, "expert", P("expert")),
     "deliver": (collectives.deliver, "expert", P("expert")),
-    "total": (lambda x: collectives.total(x, ("data", "fsdp", "pipeline", "expert", "tensor")), "pipeline", P("pipeline")),
+    "total": (lambda x: collectives.total(x, AXES), "pipeline", P("pipeline")),
     "mean": (collectives.mean, "data", P("data")),
     "agree": (collectives.agree, "tensor", P("tensor")),
     "everywhere": (lambda x: collectives.everywhere(x, 0), "tensor", P("tensor")),

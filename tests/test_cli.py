@@ -1,0 +1,206 @@
+"""The command line in this process: exit status, what is on stdout and stderr, and what lies in the run folder."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moejax
+from moejax.cli import main
+from moejax.train import loop
+
+CONFIG = """
+from moejax.config import Config, Data, Mesh, Model, MoE, Optimizer, Train
+
+def config():
+    return Config(
+        model=Model(layers=1, d_model=8, heads=2, head_dim=4, moe=MoE(experts=2, active=1, hidden=8, group=4)),
+        mesh=Mesh(fake_devices=1), data=Data(sources=("{folder}/text",), sequence=16, batch=4, validation=0.5,
+        cache="{folder}/cache"), optimizer=Optimizer(warmup=0), train=Train(steps=2, eval_batches=1))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text").mkdir()
+    for n in range(4):
+        (folder / "text" / f"{n}.txt").write_text(f"{n} is a number. " * 20)
+    (folder / "mine.py").write_text(CONFIG.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> tuple[str, str, str]:
+    """The run folder of `moejax train --json`, and what it printed on stdout and stderr."""
+    run, out, err = str(folder / "run"), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main(["train", str(folder / "mine.py"), "--json", f"run_dir={run}"]) == 0
+    return run, out.getvalue(), err.getvalue()
+
+
+def refused(capfd, *arguments: str) -> str:
+    """What a command that exits with 2 says on stderr, and nothing on stdout."""
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    return err
+
+
+def test_every_problem_is_listed(folder, capfd):
+    err = refused(capfd, "train", str(folder / "mine.py"), "train.stepz=3", "mesh.data=0", "optimizer.lr=fast")
+    assert err == ("moejax train: 3 problems\n"
+                   "  - unknown field 'train.stepz'; did you mean train.steps?\n"
+                   "  - optimizer.lr takes a number; got 'fast'\n"
+                   "  - mesh.data must be above 0; got 0; set it to 1 or more\n")
+    err = refused(capfd, "verify", str(folder / "nine.py"), "--json")
+    assert err == (f"moejax verify: 1 problem\n  - a config is a Python file; {folder}/nine.py does not exist; "
+                   f"did you mean {folder}/mine.py?\n")
+
+
+def test_train_prints_one_json_object(trained):
+    run, out, err = trained
+    assert out.endswith("}\n") and out.count("\n") == 1
+    record = json.loads(out)
+    assert record["run_dir"] == run and record["step"] == 2 and record["loss"] > 0 and record["validation_loss"] > 0
+    assert json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1]) | {"run_dir": run} == record
+    assert "step 2/2" in err and "parameters" in err
+
+
+def test_train_without_json_keeps_stdout_free(trained, folder, capfd):
+    assert main(["train", str(folder / "mine.py"), f"run_dir={trained[0]}"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "" and "has done 2 of 2 steps already" in err
+
+
+def test_a_run_folder_of_another_config(trained, folder, capfd):
+    before = (Path(trained[0]) / "config.json").read_text()
+    err = refused(capfd, "train", str(folder / "mine.py"), f"run_dir={trained[0]}", "optimizer.lr=1", "--json")
+    assert "was begun with another config (optimizer.lr is 0.0003 there and 1.0 here); set run_dir" in err
+    assert (Path(trained[0]) / "config.json").read_text() == before
+
+
+def test_a_run_that_fails_exits_with_1(folder, capfd, monkeypatch):
+    def diverge(config):
+        raise loop.Diverged("loss and gradient norm must be finite")
+
+    monkeypatch.setattr(loop, "train", diverge)
+    assert main(["train", str(folder / "mine.py"), "--json"]) == 1
+    assert capfd.readouterr() == ("", "moejax train: loss and gradient norm must be finite\n")
+
+
+def test_an_error_that_is_not_ours_is_not_hidden(folder, monkeypatch):
+    def fail(config):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loop, "train", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["train", str(folder / "mine.py")])
+
+
+@pytest.mark.parametrize("passed, status", [(True, 0), (False, 1)])
+def test_verify_exits_with_its_verdict(folder, capfd, monkeypatch, passed, status):
+    from moejax.train import verify
+
+    monkeypatch.setattr(verify, "verify", lambda config, steps: {"passed": passed, "steps": steps, "name": config.name})
+    assert main(["verify", str(folder / "mine.py"), "--steps", "5", "--json", "name=b"]) == status
+    assert json.loads(capfd.readouterr().out) == {"passed": passed, "steps": 5, "name": "b"}
+
+
+@pytest.fixture(scope="module")
+def texts(trained) -> list[tuple[int, str]]:
+    """Exit status and stdout of `moejax generate`, greedy and then, with --json, sampled."""
+    done = []
+    for more in ([], ["--json", "--temperature", "1.5", "--top-p", "0.9", "--seed", "3", "name=b"]):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = main(["generate", trained[0], "2 is", "--max-new-tokens", "9", *more])
+        done.append((status, out.getvalue()))
+    return done
+
+
+def test_generate_prints_and_keeps_the_text(trained, texts):
+    (status, plain), (other, sampled) = texts
+    assert status == other == 0
+    assert plain.startswith("2 is") and plain.endswith("\n")
+    assert sampled.count("\n") == 1 and json.loads(sampled)["prompt"] == "2 is"
+    kept = [json.loads(line) for line in (Path(trained[0]) / "samples.jsonl").read_text().splitlines()]
+    assert kept == [{"prompt": "2 is", "text": plain[4:-1]}, json.loads(sampled)]
+
+
+def test_generate_refuses_and_keeps_nothing(trained, texts, capfd, tmp_path):
+    samples = Path(trained[0]) / "samples.jsonl"
+    before = samples.read_text()
+    err = refused(capfd, "generate", trained[0], "", "--max-new-tokens", "0", "--temperature", "-1", "--top-p", "2")
+    assert err.splitlines() == [
+        "moejax generate: 4 problems", "  - a prompt has at least one token; got an empty one",
+        "  - max_new_tokens must be 1 or more; got 0",
+        "  - temperature must not be negative; got -1.0; 0 takes the likeliest token",
+        "  - top_p must be above 0 and at most 1; got 2.0"]
+    assert samples.read_text() == before
+    err = refused(capfd, "generate", str(tmp_path), "a")
+    assert err == ("moejax generate: 1 problem\n"
+                   f"  - a run folder holds a config.json; {tmp_path} has none; train it first\n")
+    err = refused(capfd, "generate", trained[0], "a", "mesh.tensor=0", "--seed", "1", "modell.layers=2")
+    assert err.splitlines() == [
+        "moejax generate: 2 problems", "  - unknown field 'modell.layers'; did you mean model.layers?",
+        "  - mesh.tensor must be above 0; got 0; set it to 1 or more"]
+
+
+def test_report_writes_a_page(trained, capfd, tmp_path):
+    path = Path(trained[0]) / "report.html"
+    assert main(["report", trained[0]]) == 0
+    assert capfd.readouterr().out == f"{path}\n"
+    assert path.read_text().startswith("<!doctype html>")
+    assert main(["report", trained[0], "--json"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"report": str(path)}
+    missing = str(tmp_path / "missing")
+    assert f"a report is of a run folder; {missing} does not exist" in refused(capfd, "report", missing)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: COMMAND"),
+    (["frobnicate"], "invalid choice: 'frobnicate'"),
+    (["train"], "the following arguments are required: CONFIG\n"),
+    (["generate", "runs/x"], "the following arguments are required: PROMPT\n"),
+    (["train", "mine.py", "--fast"], "unrecognized arguments: --fast"),
+    (["train", "mine.py", "--fast", "a=b"], "unrecognized arguments: --fast"),
+    (["report", "runs/x", "a=b"], "unrecognized arguments: a=b"),
+    (["generate", "runs/x", "a", "--seed", "one"], "argument --seed: invalid int value: 'one'")])
+def test_usage(arguments, message, capfd):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("usage: moejax") and message in err
+
+
+def test_help_names_every_command(capfd):
+    with pytest.raises(SystemExit) as error:
+        main(["--help"])
+    assert error.value.code == 0
+    out = capfd.readouterr().out
+    assert all(f"\n    {name} " in out for name in ("train", "verify", "generate", "report"))
+
+
+def test_a_run_in_python(trained, texts):
+    """What the command does, by `moejax.load` and `moejax.generate`."""
+    model = moejax.load(trained[0])
+    assert moejax.generate(model, ["2 is"], max_new_tokens=9) == [texts[0][1][4:-1]]
+    sampled = json.loads(texts[1][1])["text"]
+    assert moejax.generate(model, ["2 is"], max_new_tokens=9, temperature=1.5, top_p=0.9, seed=3) == [sampled]
+    assert moejax.generate(model, ["2 is"], max_new_tokens=9, temperature=1.5, top_p=0.9, seed=4) != [sampled]
+    output = model(np.array([[1, 2, 3, 4, 5, 6, 7, 8]]))
+    assert output.logits.shape == (1, 8, 264) and output.routing.expert.shape == (1, 1, 8, 1)
+    with pytest.raises(moejax.ConfigError) as error:
+        model(np.zeros((1, 6), int))
+    assert error.value.problems == [
+        "the number of tokens must be a multiple of model.moe.group, or below it; got 6 and 4; pad the sequences"]
+    many = moejax.load(trained[0], ["mesh.data=4", "mesh.fake_devices=4"])
+    with pytest.raises(moejax.ConfigError) as error:
+        many(np.zeros((6, 4), int))
+    assert error.value.problems == [
+        "the number of sequences must be a multiple of the mesh's batch shards; got 6 and 4; pad the batch, "
+        "or load with mesh.data=1"]

@@ -1,0 +1,50 @@
+"""The README's commands and code run as written, on the tiny model."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moejax import cli
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    return folder
+
+
+def test_its_commands_and_code_run(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    ran = []
+    for language, text in BLOCKS:
+        for line in text.splitlines() if language == "bash" else []:
+            command, *words = re.sub(r"#.*", "", line).replace('"', "").split()
+            if command == "make":
+                assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+            elif command == "moejax":
+                assert cli.main(words) == 0, line
+                ran.append(words[0])
+        if language == "python":
+            scope: dict = {}
+            exec(text, scope)
+            assert scope["output"].logits.shape[:2] == scope["tokens"].shape
+            assert len(scope["texts"]) == 2
+            ran.append("python")
+    assert {"train", "generate", "report", "python"} <= set(ran)
+    assert len((folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()) == 30
+
+
+def test_its_tree_names_files_that_exist():
+    tree = next(text for language, text in re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+                if text.startswith("moejax/"))
+    named = set(re.findall(r"[a-z_]+\.py", tree))
+    there = {path.name for path in (ROOT / "moejax").rglob("*.py")} - {"__init__.py"}
+    assert named <= there
+    # every file of the packages whose files the tree lists one by one
+    assert {p.name for p in (ROOT / "moejax" / "model").glob("*.py")} - {"__init__.py"} <= named
