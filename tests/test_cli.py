@@ -111,23 +111,25 @@ def test_verify_exits_with_its_verdict(folder, capfd, monkeypatch, passed, statu
 
 
 @pytest.fixture(scope="module")
-def texts(trained) -> list[tuple[int, str]]:
-    """Exit status and stdout of `moejax generate`, greedy and then, with --json, sampled."""
+def texts(trained) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of `moejax generate`: greedy, and with --json one token beyond the training."""
     done = []
-    for more in ([], ["--json", "--temperature", "1.5", "--top-p", "0.9", "--seed", "3", "name=b"]):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            status = main(["generate", trained[0], "2 is", "--max-new-tokens", "9", *more])
-        done.append((status, out.getvalue()))
+    for more in (["--temperature", "0"], ["--max-new-tokens", "13", "--json", "--seed", "3", "name=b"]):
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            status = main(["generate", trained[0], "2 is", *more])
+        done.append((status, out.getvalue(), err.getvalue()))
     return done
 
 
 def test_generate_prints_and_keeps_the_text(trained, texts):
-    (status, plain), (other, sampled) = texts
+    (status, plain, quiet), (other, sampled, note) = texts
     assert status == other == 0
     assert plain.startswith("2 is") and plain.endswith("\n")
     assert sampled.count("\n") == 1 and json.loads(sampled)["prompt"] == "2 is"
     kept = [json.loads(line) for line in (Path(trained[0]) / "samples.jsonl").read_text().splitlines()]
     assert kept == [{"prompt": "2 is", "text": plain[4:-1]}, json.loads(sampled)]
+    # 4 bytes of prompt and 12 more are a training sequence of 16
+    assert quiet == "" and "17 tokens are more than the 16 of data.sequence in training" in note
 
 
 def test_generate_refuses_and_keeps_nothing(trained, texts, capfd, tmp_path):
@@ -188,10 +190,11 @@ def test_help_names_every_command(capfd):
 def test_a_run_in_python(trained, texts):
     """What the command does, by `moejax.load` and `moejax.generate`."""
     model = moejax.load(trained[0])
-    assert moejax.generate(model, ["2 is"], max_new_tokens=9) == [texts[0][1][4:-1]]
+    assert moejax.generate(model, ["2 is"], max_new_tokens=12) == [texts[0][1][4:-1]]
+    options = {"max_new_tokens": 13, "temperature": 0.6, "top_p": 0.9}
     sampled = json.loads(texts[1][1])["text"]
-    assert moejax.generate(model, ["2 is"], max_new_tokens=9, temperature=1.5, top_p=0.9, seed=3) == [sampled]
-    assert moejax.generate(model, ["2 is"], max_new_tokens=9, temperature=1.5, top_p=0.9, seed=4) != [sampled]
+    assert moejax.generate(model, ["2 is"], **options, seed=3) == [sampled]
+    assert moejax.generate(model, ["2 is"], **options, seed=4) != [sampled]
     output = model(np.array([[1, 2, 3, 4, 5, 6, 7, 8]]))
     assert output.logits.shape == (1, 8, 264) and output.routing.expert.shape == (1, 1, 8, 1)
     with pytest.raises(moejax.ConfigError) as error:

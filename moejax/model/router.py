@@ -185,7 +185,8 @@ def losses(
     if moe.balance_scope == "batch":
         choices, every = collectives.total((jnp.sum(count, 0), jnp.sum(total)), BATCH)
         share, mean = (choices / every)[None], collectives.mean(jnp.mean(mean, 0, keepdims=True))
-    balance = collectives.match(moe.experts * jnp.mean(jnp.sum(share * mean, -1)), scores)  # this device's part of a mean
+    # Also over the whole batch it is this device's part of a mean over devices.
+    balance = collectives.match(moe.experts * jnp.mean(jnp.sum(share * mean, -1)), scores)
     z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, -1)))
     dropped = jnp.sum((chosen & ~routing.kept).astype(jnp.float32))
     return Losses(balance, z, jnp.sum(count, 0), dropped)
