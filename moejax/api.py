@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from moejax import config as configs
 from moejax.data.tokenizer import TOKENIZERS
@@ -23,7 +23,7 @@ class Model:
         self.sharded, self.weights, self.config = sharded, weights, sharded.config
         self.tokenizer = TOKENIZERS[self.config.data.tokenizer]()
 
-    def __call__(self, tokens: Int[np.ndarray | Array, "B T"]) -> Output:
+    def __call__(self, tokens: Integer[np.ndarray | Array, "B T"]) -> Output:
         """Output(logits "B T V", hidden "B T D", routing "L B T A", losses) as in evaluation.
 
         Raises:

@@ -1,6 +1,7 @@
 """The README's commands and code run as written, on the tiny model."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_its_commands_and_code_run(folder, monkeypatch, capsys):
     ran = []
     for language, text in BLOCKS:
         for line in text.splitlines() if language == "bash" else []:
-            command, *words = re.sub(r"#.*", "", line).replace('"', "").split()
+            command, *words = shlex.split(line, comments=True)
             if command == "make":
                 assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
             elif command == "moejax":

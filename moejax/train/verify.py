@@ -50,7 +50,8 @@ class Difference(NamedTuple):
 
 
 def verify(config: Config, steps: int = 2) -> dict[str, Any]:
-    """Compare every layout that the config and its devices allow with one device; prints a table on stderr as it goes.
+    """Compare every layout that the config and 8 fake devices (or its own, if more) allow with one device; prints a table
+    on stderr as it goes.
 
     Returns: {"passed", "layouts": [{"layout", "loss", "gradient", "tensor", "flips", "clip_norm", "passed"}], "first"}.
     Raises:
@@ -58,7 +59,7 @@ def verify(config: Config, steps: int = 2) -> dict[str, Any]:
     """
     if steps < 1:
         raise ConfigError([f"--steps must be 1 or more; got {steps}"])
-    devices = config.mesh.fake_devices or 8
+    devices = max(config.mesh.fake_devices, 8)
     meshes.start(dataclasses.replace(config.mesh, fake_devices=devices))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute="float32"))
     samples = Samples(open_corpus(config.data).train, config.data.sequence, config.data.seed)
