@@ -50,8 +50,9 @@ class Difference(NamedTuple):
 
 
 def verify(config: Config, steps: int = 2) -> dict[str, Any]:
-    """Compare every layout that the config and 8 fake devices (or its own, if more) allow with one device; prints a table
-    on stderr as it goes.
+    """Compare every layout that the config and 8 fake devices (or its own, if more) allow with one device.
+
+    Prints a table on stderr as it goes.
 
     Returns: {"passed", "layouts": [{"layout", "loss", "gradient", "tensor", "flips", "clip_norm", "passed"}], "first"}.
     Raises:
