@@ -1,7 +1,6 @@
 """Eight fake CPU devices, checked annotations, and no silent promotion of types or ranks in our own arithmetic."""
 
 import os
-import tempfile
 
 import jax
 import pytest
@@ -11,10 +10,6 @@ from jaxtyping import install_import_hook
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# What several tests compile, such as the step of a run that is stopped and resumed, is compiled once.
-COMPILED = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 assert jax.device_count() == 8  # from now on no config's fake_devices can make it fewer
 
 # With the numeric tower an int is a float (PEP 484), as in `lr=1`.

@@ -203,9 +203,9 @@ def test_the_largest_allowed_are_allowed_at_once():
     ("data.batch=10 mesh.data=2 mesh.expert=2 train.microbatches=2",
      "data.batch must be a multiple of mesh.data × mesh.fsdp × mesh.expert × train.microbatches; "
      "got 10 and 2 × 1 × 2 × 2 = 8; set data.batch=16"),
-    ("mesh.data=2 mesh.tensor=2 mesh.fake_devices=8",
+    ("mesh.data=2 mesh.fsdp=4 mesh.expert=2 mesh.tensor=2 mesh.fake_devices=8",
      "the mesh axes must multiply to mesh.fake_devices; "
-     "got data 2 × fsdp 1 × pipeline 1 × expert 1 × tensor 2 = 4 and 8; set mesh.fake_devices=4"),
+     "got data 2 × fsdp 4 × pipeline 1 × expert 2 × tensor 2 = 32 and 8; set mesh.fake_devices=32"),
     ("mesh.pipeline=2", "no pipeline schedule exists yet; mesh.pipeline is 2; set mesh.pipeline=1")])
 def test_rules(overrides, message):
     assert problem(*overrides.split()) == message
@@ -294,6 +294,13 @@ def test_a_file_that_does_not_run_says_why(tmp_path, unchecked, text, what):
     path.write_text(text)
     (wrong,) = wrong_of(path)
     assert wrong.startswith(f"{path} does not run: {what}")
+
+
+def test_a_file_may_raise_what_is_wrong_itself(tmp_path):
+    """One that builds on another with `load_config`, say."""
+    path = tmp_path / "mine.py"
+    path.write_text("from moejax.config import ConfigError\nraise ConfigError(['a', 'b'])")
+    assert wrong_of(path) == ["a", "b"]
 
 
 @pytest.mark.parametrize("text", ["", "config = 3", "from moejax.config import Config\nconfig = Config()"])

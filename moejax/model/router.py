@@ -47,7 +47,7 @@ def capacity(moe: configs.MoE, tokens: int, training: bool) -> int:
         factor = moe.capacity_factor
     if factor is None:
         return tokens
-    # Rounded first: 10 × 1.1 is 11.000000000000002 in floating point, which is 11 seats and not 12.
+    # Rounded first: 50 × 1.1 is 55.00000000000001 in floating point, which is 55 seats and not 56.
     return min(tokens, max(1, math.ceil(round(tokens * moe.active / moe.experts * factor, 6))))
 
 

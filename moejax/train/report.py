@@ -108,8 +108,8 @@ def read_run(run_dir: Path) -> Run:
 def load(path: Path, read: Callable[[str], Any]) -> Any:
     try:
         return read(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError([f"{path} must be JSON; {error}; restore the file"]) from None
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise ConfigError([f"{path} cannot be read: {str(error).strip(' -')}; restore the file"]) from None
 
 
 def runs_of(count: int, parts: int) -> list[np.ndarray]:

@@ -183,7 +183,7 @@ def test_wrong_folders_are_refused_with_what_is_missing(tmp_path):
         report.write_report(tmp_path / "good")
     (tmp_path / "good" / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "good" / "config.json").write_text('{"name": ')
-    with pytest.raises(ConfigError, match=r"config\.json must be JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: a config is a JSON object"):
         report.write_report(tmp_path / "good")
 
 
