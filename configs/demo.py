@@ -14,6 +14,6 @@ def config() -> Config:
         mesh=Mesh(data=2, expert=2, tensor=2, fake_devices=8),
         data=Data(sequence=192, batch=12),
         optimizer=Optimizer(lr=3e-3, warmup=60),
-        train=Train(steps=1300, eval_every=250, eval_batches=16, log_every=50),
+        train=Train(steps=1000, eval_every=250, eval_batches=16, log_every=50),
         checkpoint=Checkpoint(every=500),
     )

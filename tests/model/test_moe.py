@@ -58,6 +58,14 @@ def test_without_drop_every_choice_is_kept(inside, make, dispatcher: str):
     np.testing.assert_allclose(inside(run(True), values, x())[0], y, rtol=1e-5, atol=1e-6)
 
 
+def test_without_drop_sequences_need_not_be_whole_groups(inside, make):
+    def run(values, x):
+        return weights.assemble(layer, values)(x, Pass(drop=False))[0]
+
+    layer, values = make(group=5, capacity_factor=0.3)
+    np.testing.assert_allclose(inside(run, values, x()[:, :7]), inside(run, values, x())[:, :7], rtol=1e-5, atol=1e-6)
+
+
 def test_shared_experts_are_a_dense_layer_beside_the_routed_ones(inside, make):
     def run(values, x):
         return weights.assemble(layer, values)(x, Pass())[0]

@@ -94,7 +94,7 @@ def test_losses_and_routings_come_in_the_order_of_the_layers(numbers):
 
 def test_the_scan_is_a_loop_over_the_blocks(numbers):
     """Two runs, one of a repeated pair; jitter gives every layer random numbers of its own."""
-    model = replace(TINY, layers=5, pattern="DM", moe=replace(TINY.moe, jitter=.3))
+    model = replace(TINY, layers=5, pattern="MD", moe=replace(TINY.moe, jitter=.3))
     sharded, values = make(model, numbers=numbers)
     told = sharded.run(training=True, key=jax.random.key(5), rows=jnp.arange(2, dtype=jnp.int32))
 
@@ -114,7 +114,7 @@ def test_the_scan_is_a_loop_over_the_blocks(numbers):
 
     want = run(sharded, loop, values)
     got = run(sharded, lambda model, tokens: model(tokens, told)[0], values)
-    assert got.routing.expert.shape[0] == 2 and got.losses.dropped.min() > 0
+    assert got.routing.expert.shape[0] == 3 and got.losses.dropped.min() > 0
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # five layers of float32
     assert not np.allclose(got.routing.weight[0], got.routing.weight[1])
