@@ -2,7 +2,7 @@
 
     moejax train configs/demo.py          # or `make demo`, which also generates and reports
 
-Hardware: 8 fake devices on 2 CPU cores, MINUTES.  Result: RESULT.
+Hardware: 8 fake devices on 2 CPU cores, TIME.  Result: LOSS.
 """
 
 from moejax.config import Checkpoint, Config, Data, Mesh, Model, MoE, Optimizer, Train
