@@ -1,7 +1,5 @@
 """Running what one device does, on meshes of some of the eight fake devices."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -14,25 +12,14 @@ from moejax.parallel.mesh import make_mesh
 
 ONE, EVERYWHERE = configs.Mesh(), P()
 
-# Compiling is the time of these tests, half of it in passes over machine code that change no number's meaning.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):  # an emitter that is slower still, and no option any more
-    QUICK["xla_cpu_use_fusion_emitters"] = False
-
 
 @pytest.fixture(scope="session")
-def quick():
-    """`jax.jit` that compiles in less than half the time, to slower programs."""
-    return functools.partial(jax.jit, compiler_options=QUICK)
-
-
-@pytest.fixture(scope="session")
-def inside(quick):
+def inside():
     """inside(function, *global inputs): `function` on every device of a mesh, by default of one; jitted, to numpy."""
 
     def run(function, *inputs, mesh=ONE, before=EVERYWHERE, after=EVERYWHERE):
         devices = make_mesh(mesh, jax.devices()[: mesh.devices()])
-        out = quick(jax.shard_map(function, mesh=devices, in_specs=before, out_specs=after))(*inputs)
+        out = jax.jit(jax.shard_map(function, mesh=devices, in_specs=before, out_specs=after))(*inputs)
         return jax.device_get(out)
 
     return run

@@ -35,7 +35,7 @@ def positions(length: int):
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
 
 
-def both(quick, length: int, heads: int, kv: int):
+def both(length: int, heads: int, kv: int):
     """Outputs and gradients of `blocked` and of `plain`."""
     def run(function):
         y, back = jax.vjp(function, q, k, v)
@@ -43,8 +43,8 @@ def both(quick, length: int, heads: int, kv: int):
 
     q, k, v = qkv(length, heads, kv)
     upstream = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
-    plain = quick(lambda: run(lambda q, k, v: attention.plain(q, k, v, positions(length))))
-    return quick(lambda: run(attention.blocked))(), plain()
+    plain = jax.jit(lambda: run(lambda q, k, v: attention.plain(q, k, v, positions(length))))
+    return jax.jit(lambda: run(attention.blocked))(), plain()
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -55,12 +55,12 @@ def test_plain_attention_is_the_loop(name: str):
 
 @pytest.mark.parametrize(("length", "name"), [
     *((length, "grouped-query") for length in (1, 63, 64, 65, 97, 257)), (65, "multi-head"), (97, "multi-query")])
-def test_blocks_change_nothing(quick, length: int, name: str):
-    for got, want in zip(*both(quick, length, *HEADS[name]), strict=True):
+def test_blocks_change_nothing(length: int, name: str):
+    for got, want in zip(*both(length, *HEADS[name]), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # sums of up to 257 float32 terms
 
 
-def test_long_sequences_have_eight_blocks(monkeypatch: pytest.MonkeyPatch, quick):
+def test_long_sequences_have_eight_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "SMALLEST", 2)
     found, one_block = [], attention.one_block
 
@@ -69,7 +69,7 @@ def test_long_sequences_have_eight_blocks(monkeypatch: pytest.MonkeyPatch, quick
         return one_block(q, k, v)
 
     monkeypatch.setattr(attention, "one_block", recorded)
-    for got, want in zip(*both(quick, 43, 6, 2), strict=True):
+    for got, want in zip(*both(43, 6, 2), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     # ceil(43 / 8) = 6 queries a block and 1 in the last; no block multiplies keys after its own end
     assert found[:8] == [(6, 6), (6, 12), (6, 18), (6, 24), (6, 30), (6, 36), (6, 42), (1, 43)]
@@ -101,7 +101,7 @@ def model(heads: int, kv: int) -> configs.Model:
     return configs.Model(d_model=10, heads=heads, kv_heads=kv, head_dim=6, rope_theta=100.0)
 
 
-def gradients(quick, layer, values, x, mesh: configs.Mesh, sequence: bool):
+def gradients(layer, values, x, mesh: configs.Mesh, sequence: bool):
     """Output and gradients of an attention layer on a mesh."""
     devices = make_mesh(mesh, jax.devices()[: mesh.devices()])
     specs = {name: axes.spec(v.axes, v.shape, devices.shape) for name, v in weights.flatten(layer).items()}
@@ -116,16 +116,16 @@ def gradients(quick, layer, values, x, mesh: configs.Mesh, sequence: bool):
         y, back = jax.vjp(many, values, x)
         return y, *back(upstream)
 
-    return jax.device_get(quick(run)(values, x, jnp.sin(10 * x)))
+    return jax.device_get(jax.jit(run)(values, x, jnp.sin(10 * x)))
 
 
 @pytest.mark.parametrize(("heads", "kv", "tensor", "sequence"), [
     (4, 1, 4, False), (8, 2, 4, True), (6, 3, 3, False)])
-def test_tensor_shards_attend_as_one_device(made, quick, heads: int, kv: int, tensor: int, sequence: bool):
+def test_attention_on_tensor_shards_is_that_of_one_device(made, heads: int, kv: int, tensor: int, sequence: bool):
     layer, values = made(attention.Attention, model(heads, kv))
     x = np.random.default_rng(0).normal(size=(2, 12, 10)).astype(np.float32)
-    one = gradients(quick, layer, values, x, configs.Mesh(), False)
-    many = gradients(quick, layer, values, x, configs.Mesh(tensor=tensor), sequence)
+    one = gradients(layer, values, x, configs.Mesh(), False)
+    many = gradients(layer, values, x, configs.Mesh(tensor=tensor), sequence)
     assert set(many[1]) == {"q", "k", "v", "o"}
     for got, want in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

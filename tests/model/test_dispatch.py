@@ -66,29 +66,26 @@ def loop(x, up, down, upstream, routing):
 ONE = configs.Mesh()
 
 
-@pytest.fixture(scope="module")
-def compiled(quick):
-    """compiled(dispatcher, seats, mesh): what `loop` returns, jitted; the tensor shards' parts are summed."""
-    @functools.cache
-    def make(name: str, seats: int, mesh: configs.Mesh = ONE, block: int = 8):
-        def run(x, up, down, upstream, routing):
-            def device(x, up, down, weight, expert, slot, kept):
-                routing, experts = router.Routing(expert, weight, slot, kept), Experts(up, down, "swiglu")
-                return collectives.leave(DISPATCHERS[name](collectives.enter(x, False), routing, seats, experts), False)
+@functools.cache
+def compiled(name: str, seats: int, mesh: configs.Mesh = ONE, block: int = 8):
+    """What `loop` returns, of a dispatcher on a mesh, jitted; the tensor shards' parts are summed as in the model."""
+    def run(x, up, down, upstream, routing):
+        def device(x, up, down, weight, expert, slot, kept):
+            parts = DISPATCHERS[name](collectives.enter(x, False), router.Routing(expert, weight, slot, kept), seats,
+                                      Experts(up, down, "swiglu"))
+            return collectives.leave(parts, False)
 
-            def many(x, up, down, weight):
-                return jax.shard_map(device, mesh=devices, in_specs=(rows, *weights, rows, rows, rows, rows),
-                                     out_specs=rows)(x, up, down, weight, routing.expert, routing.slot, routing.kept)
+        def many(x, up, down, weight):
+            return jax.shard_map(device, mesh=devices, in_specs=(rows, *weights, rows, rows, rows, rows),
+                                 out_specs=rows)(x, up, down, weight, routing.expert, routing.slot, routing.kept)
 
-            y, back = jax.vjp(many, x, up, down, routing.weight)
-            return y, *back(upstream)
+        y, back = jax.vjp(many, x, up, down, routing.weight)
+        return y, *back(upstream)
 
-        devices = make_mesh(mesh, jax.devices()[: mesh.devices()])
-        expert, tensor = ("expert" if mesh.expert > 1 else None), ("tensor" if mesh.tensor > 1 else None)
-        rows, weights = P(expert), (P(expert, None, None, tensor), P(expert, tensor, None))
-        return quick(run)
-
-    return make
+    devices = make_mesh(mesh, jax.devices()[: mesh.devices()])
+    expert, tensor = ("expert" if mesh.expert > 1 else None), ("tensor" if mesh.tensor > 1 else None)
+    rows, weights = P(expert), (P(expert, None, None, tensor), P(expert, tensor, None))
+    return jax.jit(run)
 
 
 PARTS = ("output", "x", "up", "down", "combine weights")
@@ -116,7 +113,7 @@ CASES = {  # the routing, seats and what leans on the experts
 
 @pytest.mark.parametrize("name", DISPATCHERS)
 @pytest.mark.parametrize("case", CASES)
-def test_a_dispatcher_is_the_loop_over_tokens(compiled, case: str, name: str):
+def test_a_dispatcher_is_the_loop_over_tokens(case: str, name: str):
     moe, seats, lean = CASES[case]
     routing, inputs = route(moe, seats, lean), values()
     assert ("drops" in case or "more" in case) == bool(np.any(~routing.kept) and moe.router == "topk")
@@ -125,7 +122,7 @@ def test_a_dispatcher_is_the_loop_over_tokens(compiled, case: str, name: str):
 
 @pytest.mark.parametrize("name", DISPATCHERS)
 @pytest.mark.parametrize("mesh", [configs.Mesh(expert=4), configs.Mesh(expert=2, tensor=2)])
-def test_on_a_mesh_a_dispatcher_is_the_loop_too(compiled, name: str, mesh: configs.Mesh):
+def test_on_a_mesh_a_dispatcher_is_the_loop_too(name: str, mesh: configs.Mesh):
     inputs = values(1)
     for case in ("top 2 with drops", "expert 3 gets more than it holds"):
         moe, seats, lean = CASES[case]
@@ -134,7 +131,7 @@ def test_on_a_mesh_a_dispatcher_is_the_loop_too(compiled, name: str, mesh: confi
 
 
 @pytest.mark.parametrize("load", [[8, 16, 0, 28], [1, 0, 50, 1], [7, 9, 17, 19], [0, 0, 0, 52], [52, 0, 0, 0]])
-def test_blocks_that_end_early_or_on_the_edge(compiled, load: list[int]):
+def test_blocks_that_end_early_or_on_the_edge(load: list[int]):
     """52 tokens in blocks of 8: full blocks, tails that reach into the next expert's rows, and past the last row."""
     expert = np.random.default_rng(3).permutation(np.repeat(np.arange(E, dtype=np.int32), load)).reshape(R, M, 1)
     slot = np.stack([[row[:i].count(e) for i, e in enumerate(row)] for row in expert[..., 0].tolist()])
@@ -144,7 +141,7 @@ def test_blocks_that_end_early_or_on_the_edge(compiled, load: list[int]):
     compare(compiled("blocked", M)(*inputs, routing), loop(*inputs, routing))
 
 
-def test_blocks_of_the_size_that_runs(compiled, monkeypatch: pytest.MonkeyPatch):
+def test_blocks_of_the_size_that_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     assert dispatch.BLOCK > R * M  # one block for each expert, mostly tail
     routing, inputs = route(*CASES["top 2 dropless"][:2]), values()
@@ -152,7 +149,7 @@ def test_blocks_of_the_size_that_runs(compiled, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
-def test_a_token_without_a_seat_leaves_no_trace(compiled, name: str):
+def test_a_token_without_a_seat_leaves_no_trace(name: str):
     """Empty seats and block tails hold rows of the last token; nothing may come of them."""
     routing, inputs = route(configs.MoE(experts=E, active=1), 3, [0, 0, 0, 99]), values()
     assert not routing.kept[:, 3:].any()  # experts 0 to 2 have empty seats only, 12 rows end inside a block of 8
@@ -164,7 +161,7 @@ def test_a_token_without_a_seat_leaves_no_trace(compiled, name: str):
     assert not np.any(np.asarray(after[0])[:, 3:]) and not np.any(np.asarray(after[1])[:, 3:])
 
 
-def test_blocked_reads_no_expert_that_gets_nothing(compiled):
+def test_blocked_reads_no_expert_that_gets_nothing():
     moe, seats, lean = CASES["experts 0 and 2 get nothing"]
     routing, (x, up, down, upstream) = route(moe, seats, lean), values()
     want = loop(x, up, down, upstream, routing)
@@ -173,7 +170,7 @@ def test_blocked_reads_no_expert_that_gets_nothing(compiled):
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
-def test_bfloat16(compiled, name: str):
+def test_bfloat16(name: str):
     """A bfloat16 keeps 8 bits: each rounding is at most 2^-9 = 0.2 % of a number.  On the way out a number is rounded
     as matmul, activation, matmul and sum, on the way back once more as often: under 1 % of the norm; in fact 0.5 %.
     """
@@ -185,7 +182,7 @@ def test_bfloat16(compiled, name: str):
     compare([np.asarray(v, np.float32) for v in got], loop(*exact, routing), 1e-2)
 
 
-def test_gather_dispatch_adds_no_scatter_of_rows(compiled):
+def test_gather_dispatch_adds_no_scatter_of_rows():
     """Scatter-adds of rows are slow on every backend; autodiff would make them of the gathers."""
     moe, seats, lean = CASES["top 2 with drops"]
     inputs, routing = values(), route(moe, seats, lean)

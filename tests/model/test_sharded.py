@@ -40,6 +40,12 @@ def config(moe: MoE = TOPK, mesh: Mesh = ONE, dispatcher: str = "sorted", microb
                   data=Data(sequence=36, batch=16), train=Train(microbatches=microbatches))
 
 
+# Compiling is the time of these tests, half of it in LLVM passes that change no collective.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # an emitter that is slower still, and no option any more
+    QUICK["xla_cpu_use_fusion_emitters"] = False
+
+
 def batch() -> Batch:
     """Sequences of which some count much less than others, and sample numbers that are not 0, 1, 2, …"""
     random = np.random.default_rng(0)
@@ -65,17 +71,17 @@ def program(sharded: Sharded, decisions: bool = True):
 
     decide = sharded.program(device, (Batch(*[place] * 4), P()), P(None, *place))
     gradients = make_gradients(sharded)
-    return lambda *inputs: (*gradients(*inputs), decide(*inputs) if decisions else ())
+    return jax.jit(lambda *inputs: (*gradients(*inputs), decide(*inputs) if decisions else ()), compiler_options=QUICK)
 
 
 @pytest.fixture(scope="module")
-def outcome(numbers, quick):
+def outcome(numbers):
     @functools.cache
     def run(config: Config, decisions: bool = True) -> Outcome:
         sharded = Sharded(config, make_mesh(config.mesh, jax.devices()[: config.mesh.devices()]))
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             inputs = numbers(sharded), on_mesh(sharded.mesh, batch()), jax.random.key(1)
-            found = quick(program(sharded, decisions and config.train.microbatches == 1))(*inputs)
+            found = program(sharded, decisions and config.train.microbatches == 1)(*inputs)
         for name, spec in optimizer_specs(sharded).items():
             if name in found[0]:
                 place = NamedSharding(sharded.mesh, spec)
@@ -196,7 +202,7 @@ def test_a_collective_that_gives_another_type_is_refused(numbers, monkeypatch, v
     sharded = Sharded(config(mesh=mesh), make_mesh(mesh, jax.devices()[:2]))
     monkeypatch.setattr(collectives, verb, wrong)
     with pytest.raises((ValueError, TypeError)):
-        jax.jit(program(sharded)).lower(numbers(sharded), on_mesh(sharded.mesh, batch()), jax.random.key(1))
+        program(sharded).lower(numbers(sharded), on_mesh(sharded.mesh, batch()), jax.random.key(1))
 
 
 COLLECTIVES = re.compile(r"all_reduce|all_gather|reduce_scatter|all_to_all|collective_\w+")

@@ -26,16 +26,12 @@ def make(model: Model, mesh: Mesh = ONE, numbers=None) -> tuple[Sharded, dict]:
     return sharded, numbers(sharded)
 
 
-@pytest.fixture
-def run(quick):
-    """run(sharded, function, values): function(model, TOKENS) on the mesh, to numpy."""
-    def run(sharded: Sharded, function, values: dict, before=EVERYWHERE, after=EVERYWHERE):
-        def device(values, tokens):
-            return function(sharded.build(values), tokens)
+def run(sharded: Sharded, function, values: dict, before=EVERYWHERE, after=EVERYWHERE):
+    """function(model, TOKENS) on the mesh, to numpy."""
+    def device(values, tokens):
+        return function(sharded.build(values), tokens)
 
-        return jax.device_get(quick(sharded.program(device, (before,), after))(values, TOKENS))
-
-    return run
+    return jax.device_get(jax.jit(sharded.program(device, (before,), after))(values, TOKENS))
 
 
 @pytest.mark.parametrize(("pattern", "layers", "found"), [
@@ -81,7 +77,7 @@ def test_moe_layers_names_each_stack_and_numbers_its_layers():
     assert named("D", 2) == {}
 
 
-def test_losses_and_routings_come_in_the_order_of_the_layers(numbers, run):
+def test_losses_and_routings_come_in_the_order_of_the_layers(numbers):
     """Each MoE layer's bias sends all tokens to an expert of its own; layers are M M D M M D M."""
     model = replace(TINY, layers=7, pattern="MMD",
                     moe=MoE(experts=5, active=1, hidden=2, router="sigmoid", capacity_factor=None))
@@ -96,7 +92,7 @@ def test_losses_and_routings_come_in_the_order_of_the_layers(numbers, run):
     assert output.routing.expert[:, 0, 0, 0].tolist() == order
 
 
-def test_the_scan_is_a_loop_over_the_blocks(numbers, run):
+def test_the_scan_is_a_loop_over_the_blocks(numbers):
     """Two runs, one of a repeated pair; jitter gives every layer random numbers of its own."""
     model = replace(TINY, layers=5, pattern="MD", moe=replace(TINY.moe, jitter=.3))
     sharded, values = make(model, numbers=numbers)
@@ -124,7 +120,7 @@ def test_the_scan_is_a_loop_over_the_blocks(numbers, run):
     assert not np.allclose(got.routing.weight[0], got.routing.weight[1])
 
 
-def test_remat_changes_the_work_and_not_the_gradients(numbers, quick):
+def test_remat_changes_the_work_and_not_the_gradients(numbers):
     """What is computed again in the backward pass shows in the number of matmuls."""
     sharded, values = make(TINY, numbers=numbers)
     found, matmuls = {}, {}
@@ -133,7 +129,7 @@ def test_remat_changes_the_work_and_not_the_gradients(numbers, quick):
             output, _ = sharded.build(values)(tokens, sharded.run(remat=policy))
             return jnp.sum(jnp.sin(output.hidden * 3)) + jnp.sum(output.losses.balance)
 
-        gradient = quick(jax.grad(sharded.program(cost, (P(),), P())))
+        gradient = jax.jit(jax.grad(sharded.program(cost, (P(),), P()), allow_int=False))
         found[policy] = jax.device_get(gradient(values, TOKENS))
         matmuls[policy] = gradient.lower(values, TOKENS).as_text().count("stablehlo.dot_general")
     assert matmuls["none"] < matmuls["dots"] < matmuls["full"]
@@ -142,7 +138,7 @@ def test_remat_changes_the_work_and_not_the_gradients(numbers, quick):
             np.testing.assert_allclose(found[policy][name], want, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_tied_model_uses_its_embedding_twice(numbers, quick):
+def test_a_tied_model_uses_its_embedding_twice(numbers):
     """Its logits are hidden · embeddingᵀ, and its embedding's gradient is the sum of both uses."""
     model = replace(TINY, layers=1, pattern="D")
     tied, values = make(replace(model, tied=True), numbers=numbers)
@@ -157,7 +153,7 @@ def test_a_tied_model_uses_its_embedding_twice(numbers, quick):
             return jnp.sum(logits * upstream), logits
 
         out = sharded.program(cost, (P(),), (P(), P()))
-        return jax.device_get(quick(jax.grad(out, has_aux=True))(values, TOKENS))
+        return jax.device_get(jax.jit(jax.grad(out, has_aux=True))(values, TOKENS))
 
     one, logits = gradients(tied, values)
     two, same = gradients(apart, values | {"head": values["embedding"].T})
@@ -167,7 +163,7 @@ def test_a_tied_model_uses_its_embedding_twice(numbers, quick):
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tensor=4, sequence=True), Mesh(data=2, tensor=2)])
-def test_activations_between_blocks_may_be_slices_of_the_sequence(numbers, run, mesh: Mesh):
+def test_activations_between_blocks_may_be_slices_of_the_sequence(numbers, mesh: Mesh):
     """With `sequence` a device of 4 holds 2 of the 8 tokens after every layer; joined they are what one device has."""
     model = replace(TINY, pattern="DM", moe=replace(TINY.moe, hidden=16), hidden=12)
     one, values = make(model, numbers=numbers)
@@ -188,7 +184,7 @@ def test_activations_between_blocks_may_be_slices_of_the_sequence(numbers, run, 
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_changes_no_hidden_state(numbers, run):
+def test_a_cache_changes_no_hidden_state(numbers):
     """A prompt of 5 tokens, then 1, then 2: each layer of each run finds its own keys and values again."""
     model = replace(TINY, layers=5, pattern="DMM")
     sharded, values = make(model, numbers=numbers)
@@ -209,7 +205,7 @@ def test_a_cache_changes_no_hidden_state(numbers, run):
     np.testing.assert_allclose(run(sharded, pieces, values), want, rtol=1e-4, atol=1e-5)
 
 
-def test_embedding_looks_up_rows(numbers, run):
+def test_embedding_looks_up_rows(numbers):
     sharded, values = make(TINY, numbers=numbers)
     table = np.asarray(values["embedding"])
     assert np.array_equal(run(sharded, lambda model, tokens: model.embed(tokens, layers.Pass()), values),
