@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")  # made in parallel/schedules.py
+
+
 class ConfigError(ValueError):
     """Everything wrong with what the user asked for; `problems` holds one message per rule broken."""
 
@@ -87,6 +90,9 @@ class Mesh:
     tensor: int = 1
     sequence: bool = False  # activations between blocks are split over `tensor` along the sequence
     zero1: bool = False  # optimizer state is split over `data`
+    schedule: str = "1f1b"  # of the pipeline: 1f1b, gpipe, interleaved, zero_bubble, or a CSV table
+    chunks: int = 1  # parts of the model on every stage (interleaved)
+    stage_layers: tuple[int, ...] = ()  # of every part of the model in order; empty is an even split
     fake_devices: int = 0  # this many CPU devices in one process; 0 uses what the machine has
 
     def devices(self) -> int:
@@ -94,6 +100,10 @@ class Mesh:
 
     def batch_shards(self) -> int:
         return self.data * self.fsdp * self.expert
+
+    def parts(self) -> int:
+        """Into how many the layers are cut: part i is chunk i // pipeline of stage i % pipeline."""
+        return self.pipeline * self.chunks
 
 
 @dataclass(frozen=True)
@@ -242,7 +252,7 @@ def parse(text: str, kind: Any) -> Any:
             raise ValueError
         return text
     if typing.get_origin(kind) is tuple:
-        return tuple(parse(part, typing.get_args(kind)[0]) for part in text.split(",") if part)
+        return tuple(parse(part, typing.get_args(kind)[0]) for part in text.strip("[]()").split(",") if part)
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}[text.lower()] if text.lower() in (
             "true", "false", "1", "0") else parse("", int)
@@ -288,7 +298,7 @@ def check_ranges(config: Config) -> list[str]:
     positive = ("model.layers model.d_model model.heads model.kv_heads model.head_dim model.hidden model.norm_eps "
                 "model.rope_theta model.vocab model.moe.experts model.moe.active model.moe.hidden model.moe.group "
                 "model.moe.capacity_factor model.moe.eval_capacity_factor mesh.data mesh.fsdp mesh.pipeline "
-                "mesh.expert mesh.tensor data.sequence data.batch optimizer.lr optimizer.eps train.steps "
+                "mesh.expert mesh.tensor mesh.chunks data.sequence data.batch optimizer.lr optimizer.eps train.steps "
                 "train.microbatches train.eval_every train.eval_batches train.log_every checkpoint.every "
                 "checkpoint.keep").split()
     shares = "data.validation optimizer.decay optimizer.final_lr optimizer.b1 optimizer.b2 model.moe.jitter".split()
@@ -386,8 +396,41 @@ def check_mesh(config: Config) -> list[str]:
             "the mesh axes must multiply to mesh.fake_devices; "
             f"got {' × '.join(f'{a} {getattr(mesh, a)}' for a in ('data', 'fsdp', 'pipeline', 'expert', 'tensor'))} "
             f"= {mesh.devices()} and {mesh.fake_devices}; set mesh.fake_devices={mesh.devices()}")
-    if mesh.pipeline > 1:
-        problems.append(f"no pipeline schedule exists yet; mesh.pipeline is {mesh.pipeline}; set mesh.pipeline=1")
+    return problems + check_pipeline(config)
+
+
+def check_pipeline(config: Config) -> list[str]:
+    mesh, layers, count = config.mesh, config.model.layers, config.train.microbatches
+    problems = []
+    if mesh.schedule not in SCHEDULES and not mesh.schedule.endswith(".csv"):
+        near = difflib.get_close_matches(mesh.schedule, SCHEDULES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        problems.append(f"mesh.schedule is one of {', '.join(SCHEDULES)}, or the path of a .csv table; "
+                        f"got {mesh.schedule!r}{hint}")
+    if min(mesh.pipeline, mesh.chunks) < 1:
+        return problems
+    if mesh.parts() > layers:
+        problems.append(f"every part of a pipeline needs a layer; got mesh.pipeline {mesh.pipeline} × mesh.chunks "
+                        f"{mesh.chunks} = {mesh.parts()} and model.layers {layers}; "
+                        f"set mesh.pipeline={max(layers // mesh.chunks, 1)} or lower")
+    if mesh.chunks > 1 and mesh.schedule in SCHEDULES and mesh.schedule != "interleaved":
+        problems.append(f"only the schedule interleaved has several chunks; got {mesh.schedule} and mesh.chunks "
+                        f"{mesh.chunks}; set mesh.schedule=interleaved or mesh.chunks=1")
+    if mesh.schedule == "interleaved" and mesh.chunks > 1 and count % mesh.pipeline:
+        problems.append(f"the schedule interleaved takes microbatches in groups of mesh.pipeline; got "
+                        f"train.microbatches {count} and mesh.pipeline {mesh.pipeline}; "
+                        f"set train.microbatches={up(count, mesh.pipeline)}")
+    if mesh.stage_layers:
+        if len(mesh.stage_layers) != mesh.parts():
+            problems.append(f"mesh.stage_layers has an entry for each of the mesh.pipeline × mesh.chunks parts; got "
+                            f"{len(mesh.stage_layers)} and {mesh.parts()}")
+        problems += [f"every stage needs a layer; mesh.stage_layers gives stage {part % mesh.pipeline} (part {part}) "
+                     f"{some}; set it to 1 or more" for part, some in enumerate(mesh.stage_layers) if some < 1]
+        if sum(mesh.stage_layers) != layers:
+            last = layers - sum(mesh.stage_layers[:-1])
+            repair = f"; give stage {(mesh.parts() - 1) % mesh.pipeline} {last}" if last > 0 else ""
+            problems.append(f"mesh.stage_layers must add up to model.layers; got "
+                            f"{' + '.join(map(str, mesh.stage_layers))} = {sum(mesh.stage_layers)} and {layers}{repair}")
     return problems
 
 

@@ -16,6 +16,7 @@ from moejax import config as configs
 from moejax.model import transformer, weights
 from moejax.model.layers import Pass
 from moejax.model.router import Losses, Routing
+from moejax.model.stages import Stages
 from moejax.model.transformer import Output, Transformer
 from moejax.parallel import axes, collectives
 
@@ -30,7 +31,9 @@ class Sharded:
         self.axes = {name: variable.axes for name, variable in variables.items()}
         self.shapes = {name: variable.shape for name, variable in variables.items()}
         self.trainable = weights.trainable(self.module)
-        self.specs = {name: axes.spec(self.axes[name], self.shapes[name], mesh.shape) for name in self.axes}
+        self.stages = Stages(config) if mesh.shape["pipeline"] > 1 else None
+        place = self.stages.spec if self.stages else lambda name, *args: axes.spec(*args)
+        self.specs = {name: place(name, self.axes[name], self.shapes[name], dict(mesh.shape)) for name in self.axes}
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from moejax import config as configs
 from moejax.model import cache as caches
@@ -69,18 +69,33 @@ class Transformer(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x = self.embed(tokens, run)
+        x, found, caches_out = self.layers(self.embed(tokens, run), positions, run, cache)
+        routing, losses = found or (None, None)
+        return Output(None, self.norm(x), routing, losses), caches_out if cache is not None else None
+
+    def layers(
+        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass,
+        cache: list[list[Cache]] | None = None, numbers: Int[Array, " L"] | None = None,
+        present: Bool[Array, " L"] | None = None,
+    ) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None, list[list[Cache | None]]]:
+        """All blocks, one after another: x, the decisions of the MoE layers stacked in their order, the caches.
+
+        Args:
+            numbers: of the layers in the whole model, which name their random numbers; counted from 0 by default.
+            present: False leaves a layer out, as if it were not there; its decisions are zeros.
+        """
+        if numbers is None:
+            numbers = jnp.arange(self.model.layers, dtype=jnp.int32)
         decisions, caches_out, first = [], [], 0
-        for number, blocks in enumerate(self.runs):
-            old = cache[number] if cache is not None else [None] * len(blocks)
-            x, (new, found) = scan_blocks(list(blocks), x, positions, run, old, first)
-            first += len(blocks) * runs(self.model)[number][1]
+        for number, (blocks, (unit, repeats)) in enumerate(zip(self.runs, runs(self.model), strict=True)):
+            old = cache[number] if cache is not None else [None] * len(unit)
+            here = slice(first, first + len(unit) * repeats)
+            which = [None if each is None else each[here].reshape(repeats, -1) for each in (numbers, present)]
+            x, (new, found) = scan_blocks(list(blocks), x, positions, run, old, *which)
+            first = here.stop
             caches_out.append(new)
             decisions += [found] if found is not None else []
-        routing = losses = None
-        if decisions:
-            routing, losses = jax.tree.map(lambda *parts: jnp.concatenate(parts), *decisions)
-        return Output(None, self.norm(x), routing, losses), caches_out if cache is not None else None
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *decisions) if decisions else None, caches_out
 
     def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Float[Array, "B t D"]:
         """Each tensor shard looks up the tokens of its part of the vocabulary; the rest are zero and summed away."""
@@ -106,28 +121,32 @@ class Transformer(nnx.Module):
 
 
 def scan_blocks(
-    blocks: list[Block], x: Array, positions: Array, run: Pass, cache: list[Cache | None], first: int
+    blocks: list[Block], x: Array, positions: Array, run: Pass, cache: list[Cache | None], numbers: Array,
+    present: Array | None,
 ) -> tuple[Array, tuple[list[Cache | None], Any]]:
     """Stacked blocks, one after another, repeated along their stack.
 
     Args:
-        first: number of the first layer, which names its random numbers.
+        numbers, present: of every layer, [repeats, len(blocks)], as in Transformer.layers.
     Returns: x, (the caches, the decisions of the MoE layers stacked in layer order or None).
     """
     parts = [nnx.split(block) for block in blocks]
-    repeats = jax.tree.leaves(parts[0][1])[0].shape[0]
-    offsets = first + len(blocks) * jnp.arange(repeats)
 
     def body(x: Array, inputs: Any) -> tuple[Array, Any]:
-        states, cache, offset = inputs
+        states, cache, numbers, present = inputs
         out = []
         for i, (graph, _) in enumerate(parts):
-            here = run if run.key is None else replace(run, key=jax.random.fold_in(run.key, offset + i))
-            x, new, decisions = nnx.merge(graph, states[i])(x, positions, here, cache[i])
+            here = run if run.key is None else replace(run, key=jax.random.fold_in(run.key, numbers[i]))
+
+            def block(x: Array, graph: Any = graph, state: Any = states[i], here: Pass = here, i: int = i) -> Any:
+                return nnx.merge(graph, state)(x, positions, here, cache[i])
+
+            x, new, decisions = block(x) if present is None else collectives.only_if(
+                present[i], block, lambda x, kind: (x, *collectives.zeros(kind[1:])), x)
             out.append((new, decisions))
         return x, ([new for new, _ in out], [found for _, found in out if found is not None])
 
-    x, (cache, found) = lax.scan(remat(body, run.remat), x, ([state for _, state in parts], cache, offsets))
+    x, (cache, found) = lax.scan(remat(body, run.remat), x, ([state for _, state in parts], cache, numbers, present))
     if not found:
         return x, (cache, None)
     # [repeats] of each block of the unit, to layer order
@@ -165,18 +184,28 @@ def runs(model: configs.Model) -> list[tuple[str, int]]:
     return best[-1][1]
 
 
+def cut(model: configs.Model, kinds: str) -> configs.Model:
+    """A model of the same sizes with these layers."""
+    return replace(model, layers=len(kinds), pattern=kinds)
+
+
 def abstract(model: configs.Model) -> Transformer:
     """The model with shapes in place of arrays."""
     return nnx.eval_shape(lambda: Transformer(model, jax.random.key(0)))
 
 
-def moe_layers(model: configs.Model) -> dict[str, list[int]]:
-    """Name of each stack of balancing biases -> the numbers of its layers among the MoE layers."""
-    kinds, found, first = model.layer_kinds(), {}, 0
+def stacks(model: configs.Model) -> dict[str, list[int]]:
+    """Prefix of the names of stacked weights, such as "runs.0.1" -> the numbers of the layers in the stack."""
+    found, first = {}, 0
     for number, (unit, repeats) in enumerate(runs(model)):
-        for i, kind in enumerate(unit):
-            if kind == "M":
-                layers = [first + i + len(unit) * r for r in range(repeats)]
-                found[f"runs.{number}.{i}.feed.bias"] = [kinds[:layer].count("M") for layer in layers]
+        for i in range(len(unit)):
+            found[f"runs.{number}.{i}"] = [first + i + len(unit) * r for r in range(repeats)]
         first += len(unit) * repeats
     return found
+
+
+def moe_layers(model: configs.Model) -> dict[str, list[int]]:
+    """Name of each stack of balancing biases -> the numbers of its layers among the MoE layers."""
+    kinds = model.layer_kinds()
+    return {f"{prefix}.feed.bias": [kinds[:layer].count("M") for layer in layers]
+            for prefix, layers in stacks(model).items() if kinds[layers[0]] == "M"}

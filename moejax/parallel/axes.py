@@ -53,16 +53,16 @@ def rows(mesh: Mapping[str, int]) -> P:
     return P(tuple(axis for axis in BATCH if mesh[axis] > 1) or None)
 
 
-def zero1_spec(place: P, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
-    """ZeRO-1 (arXiv 1910.02054): the first free dimension that divides is split over `data` as well."""
-    if mesh["data"] == 1:
+def further(place: P, shape: tuple[int, ...], axis: str, size: int, first: int = 0) -> P:
+    """The first free dimension that divides, from `first` on, is split over `axis` as well."""
+    if size == 1:
         return place
-    for dim, (axis, size) in enumerate(zip(place, shape, strict=True)):
-        if axis is None and size % mesh["data"] == 0:
-            return P(*place[:dim], "data", *place[dim + 1:])
+    for dim, (taken, length) in enumerate(zip(place, shape, strict=True)):
+        if dim >= first and taken is None and length % size == 0:
+            return P(*place[:dim], axis, *place[dim + 1:])
     return place
 
 
-def missing(place: P, over: tuple[str, ...] = BATCH) -> tuple[str, ...]:
+def missing(place: P, over: tuple[str, ...] = (*BATCH, "pipeline")) -> tuple[str, ...]:
     """The axes among `over` that do not split a weight placed so: its gradient is summed over them."""
     return tuple(axis for axis in over if axis not in place)

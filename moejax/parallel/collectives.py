@@ -12,12 +12,16 @@ axis of length 1, and a verb does nothing there.
 | exchange | expert          | all_to_all                                  | all_to_all                     |
 | collect  | expert          | all_gather of tokens                        | psum_scatter                   |
 | deliver  | expert          | psum_scatter of results                     | all_gather                     |
+| to_stages| pipeline        | all_to_all of weights                       | all_to_all                     |
+| pass_on  | pipeline        | ppermute to the next stage                  | (called with step -1)          |
 | total    | any             | psum                                        | nothing                        |
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from moejax.parallel.axes import BATCH
@@ -33,14 +37,36 @@ def vary(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(one, tree)
 
 
-def varying(x: Array) -> frozenset[str]:
+def varying(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """The mesh axes over which the value may differ between devices."""
-    return jax.typeof(x).manual_axis_type.varying
+    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    return kind.manual_axis_type.varying
 
 
 def match(tree: Any, *others: Array) -> Any:
     """`tree` typed to vary wherever any of `others` does, as the carry of a scan must be from the start."""
     return vary(tree, tuple(sorted(frozenset().union(*(varying(x) for x in others)))))
+
+
+def zeros(kind: Any) -> Any:
+    """Zeros of the shapes, types and varying axes that `jax.eval_shape` found."""
+    return jax.tree.map(lambda one: vary(jnp.zeros(one.shape, one.dtype), tuple(varying(one))), kind)
+
+
+def cast(tree: Any, kind: Any) -> Any:
+    """The same values, typed as varying over the axes of `kind`, which has the structure of the tree."""
+    return jax.tree.map(lambda x, one: vary(x, tuple(varying(one))), tree, kind)
+
+
+def only_if(condition: Array, function: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), or where the condition is false otherwise(*args, the type of function's result), not computing
+    the other.  Devices that share a collective inside must agree on the condition.
+    """
+    kind = jax.eval_shape(function, *args)
+    axes = varying(condition)
+    kind = jax.tree.map(lambda one: jax.eval_shape(lambda: vary(zeros(one), tuple(axes))), kind)
+    return lax.cond(condition, lambda *args: cast(function(*args), kind),
+                    lambda *args: cast(otherwise(*args, kind), kind), *args)
 
 
 def index(axis: str) -> Array | int:
@@ -79,6 +105,28 @@ def deliver(x: Array) -> Array:
     if lax.axis_size("expert") == 1:
         return x
     return lax.psum_scatter(x, "expert", scatter_dimension=0, tiled=True)
+
+
+def to_stages(x: Array, dim: int) -> Array:
+    """[stages · n, …], of which every stage holds a slice along `dim`, to this stage's own n entries, whole."""
+    return lax.all_to_all(x, "pipeline", 0, dim, tiled=True)
+
+
+def pass_on(x: Array, step: int) -> Array:
+    """What the stage before (step 1) or after (step -1) had, around the ring."""
+    count = lax.axis_size("pipeline")
+    return lax.ppermute(x, "pipeline", [(i, (i + step) % count) for i in range(count)])
+
+
+def after(tree: Any, *others: Any) -> Any:
+    """The same values, not before `others` are there.
+
+    On a CPU only: there the collectives of two independent computations can wait for each other's threads for ever.
+    """
+    if jax.default_backend() != "cpu":
+        return tree
+    zero = sum(0 * jnp.sum(x.ravel()[:1]).astype(jnp.float32) for x in jax.tree.leaves(others))
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
 
 
 def total(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.model.sharded import Sharded
-from moejax.parallel.axes import zero1_spec
+from moejax.parallel.axes import further
 
 
 class State(NamedTuple):
@@ -20,11 +20,11 @@ class State(NamedTuple):
 
 
 def optimizer_specs(sharded: Sharded) -> dict[str, P]:
-    """Placement of optimizer state (and of the gradients that feed it) by weight."""
-    specs = sharded.specs
-    if sharded.config.mesh.zero1:
-        specs = {name: zero1_spec(spec, sharded.shapes[name], sharded.mesh.shape) for name, spec in specs.items()}
-    return specs
+    """Placement of optimizer state (and of the gradients that feed it) by weight: with ZeRO-1 (arXiv 1910.02054) it is
+    split over `data` as well.
+    """
+    split = sharded.mesh.shape["data"] if sharded.config.mesh.zero1 else 1
+    return {name: further(spec, sharded.shapes[name], "data", split) for name, spec in sharded.specs.items()}
 
 
 def trained(sharded: Sharded, weights: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One training step: gradients inside the one-device program, the optimizer outside it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.data.batch import Batch
 from moejax.model import transformer
+from moejax.model.layers import Pass
 from moejax.model.loss import cross_entropy
 from moejax.model.router import Losses
 from moejax.model.sharded import Sharded
-from moejax.model.transformer import Output
-from moejax.parallel import collectives
+from moejax.model.stages import Stages
+from moejax.model.transformer import Transformer
+from moejax.parallel import collectives, pipeline, schedules
 from moejax.parallel.axes import BATCH, missing, rows
+from moejax.parallel.schedules import Schedule
 from moejax.train.lr import schedule
 from moejax.train.state import State, optimizer_specs, shardings, trained
 
@@ -34,36 +38,41 @@ class Figures(NamedTuple):
 FIGURES_SPEC = Figures(P(), P(), P(), P(), P())
 
 
-def objective(sharded: Sharded, weights: dict[str, Array], batch: Batch, tokens: Array, share: float, key: Array,
-              training: bool) -> tuple[Array, Figures]:
+def objective(sharded: Sharded, weights: dict[str, Array], batch: Batch, tokens: Array, share: float,
+              key: Array) -> tuple[Array, Figures]:
     """This device's part of what is minimised for one microbatch, and of the figures.
 
     Args:
         tokens: weight of all targets of the whole step, on all devices.
         share: of this microbatch on this device among all, for means over groups and tokens.
     """
-    model = sharded.build(weights)
-    run = sharded.run(training=training, key=key, rows=batch.rows)
+    model, run = sharded.build(weights), sharded.run(training=True, key=key, rows=batch.rows)
     output, _ = model(batch.tokens, run)
-    hidden = collectives.enter(output.hidden, run.sequence)
-    loss = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.output_weight(run.dtype),
-                         batch.targets.reshape(-1), batch.weights.reshape(-1)) / tokens
-    figures = collectives.agree(router_figures(output, share, sharded))
-    moe = sharded.config.model.moe
-    cost = loss + moe.balance_loss * figures.balance + moe.z_loss * figures.z
-    return cost, figures._replace(loss=loss)
+    loss = text_loss(model, output.hidden, batch, run) / tokens
+    cost, figures = router_cost(output.losses, share, sharded)
+    return loss + cost, figures._replace(loss=loss)
 
 
-def router_figures(output: Output, share: float, sharded: Sharded) -> Figures:
-    if output.losses is None:
-        zero = jnp.zeros((), jnp.float32)
-        return Figures(zero, zero, zero, jnp.zeros((0, 1)), jnp.zeros((0,)))
-    losses: Losses = output.losses
-    return Figures(jnp.zeros(()), jnp.sum(losses.balance) * share, jnp.sum(losses.z) * share, losses.load,
-                   losses.dropped)
+def text_loss(model: Transformer, hidden: Array, batch: Batch, run: Pass) -> Array:
+    """Sum over this device's tokens, in nats."""
+    hidden = collectives.enter(hidden, run.sequence)
+    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.output_weight(run.dtype),
+                         batch.targets.reshape(-1), batch.weights.reshape(-1))
 
 
-def make_gradients(sharded: Sharded) -> Callable[[dict[str, Array], Batch, Array], tuple[dict[str, Array], Figures]]:
+def router_cost(losses: Losses | None, share: float, sharded: Sharded) -> tuple[Array, Figures]:
+    """What the routers' losses add to the objective, and their figures."""
+    zero, moe = jnp.zeros((), jnp.float32), sharded.config.model.moe
+    if losses is None:
+        return zero, Figures(zero, zero, zero, jnp.zeros((0, 1)), jnp.zeros((0,)))
+    figures = collectives.agree(Figures(zero, jnp.sum(losses.balance) * share, jnp.sum(losses.z) * share, losses.load,
+                                        losses.dropped))
+    return moe.balance_loss * figures.balance + moe.z_loss * figures.z, figures
+
+
+def make_gradients(
+    sharded: Sharded, schedule: Schedule | None = None
+) -> Callable[[dict[str, Array], Batch, Array], tuple[dict[str, Array], Figures]]:
     """(weights, batch, key) -> (gradient of every trained weight, figures), on global arrays.
 
     The gradients come placed like the optimizer's state: with ZeRO-1 each is summed straight into its shards.
@@ -71,6 +80,7 @@ def make_gradients(sharded: Sharded) -> Callable[[dict[str, Array], Batch, Array
     count = sharded.config.train.microbatches
     share = 1 / (count * sharded.config.mesh.batch_shards())
     places = trained(sharded, optimizer_specs(sharded))
+    schedule = schedule or (schedules.make(sharded.config) if sharded.stages else None)
 
     def device(weights: dict[str, Array], batch: Batch, key: Array) -> tuple[dict[str, Array], Figures]:
         tokens = collectives.total(jnp.sum(batch.weights), BATCH)
@@ -80,23 +90,78 @@ def make_gradients(sharded: Sharded) -> Callable[[dict[str, Array], Batch, Array
 
         def one(moving: dict[str, Array], part: Batch) -> tuple[dict[str, Array], Figures]:
             def cost(moving: dict[str, Array]) -> tuple[Array, Figures]:
-                return objective(sharded, moving | fixed, part, tokens, share, key, True)
+                return objective(sharded, moving | fixed, part, tokens, share, key)
 
             (_, figures), gradients = jax.value_and_grad(cost, has_aux=True)(moving)
             return gradients, figures
 
-        gradients, figures = accumulate(one, moving, batch, count)
+        if sharded.stages is None:
+            gradients, figures = accumulate(one, moving, batch, count)
+        else:
+            gradients, figures = pipelined(sharded, schedule, moving, fixed, batch, tokens, share, key)
         gradients = {name: reduce(g, sharded.specs[name], places[name]) for name, g in gradients.items()}
-        return gradients, collectives.total(figures, BATCH)
+        return gradients, collectives.total(figures, (*BATCH, "pipeline"))
 
     return sharded.program(device, (Batch(*[rows(sharded.mesh.shape)] * 4), P()), (places, FIGURES_SPEC))
+
+
+def pipelined(
+    sharded: Sharded, schedule: Schedule, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch,
+    tokens: Array, share: float, key: Array,
+) -> tuple[dict[str, Array], Figures]:
+    """The same as `accumulate` where the layers are split over stages."""
+    fixed = {name: collectives.vary(value, missing(sharded.specs[name])) for name, value in fixed.items()}
+    spread, back = jax.vjp(lambda moving: sharded.stages.spread(moving | fixed), moving)
+    parts = stage_parts(sharded.stages, spread, split(batch, schedule.microbatches),
+                        sharded.run(training=True, key=key, remat="none"),
+                        lambda found: router_cost(found and found[1], share, sharded), lambda loss, _: loss / tokens)
+    *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread)
+    return back(tuple(gradients))[0], Figures(
+        loss, jnp.sum(figures.balance), jnp.sum(figures.z), sharded.stages.of_layers(figures.load),
+        sharded.stages.of_layers(figures.dropped))
+
+
+def stage_parts(
+    stages: Stages, spread: tuple[dict[str, Array], dict[str, Array]], batch: Batch, run: Pass,
+    of_routing: Callable[[Any], tuple[Array, Any]], of_loss: Callable[[Array, Batch], Any],
+) -> pipeline.Parts:
+    """The model as a pipeline runs it.
+
+    Args:
+        spread: the weights, as `Stages.spread` gives them.
+        batch: this device's, every leaf [microbatches, …].
+        of_routing: a part's (Routing, Losses) or None -> (cost, figures).
+        of_loss: (a microbatch's summed loss, the microbatch) -> what its last part results in.
+    """
+    local, _ = spread
+
+    def pick(m: Array) -> Batch:
+        return jax.tree.map(lambda x: x[m], batch)
+
+    def first(shared: dict[str, Array], m: Array) -> Array:
+        return stages.build(pipeline.chunk(local, 0), shared).embed(pick(m).tokens, run)
+
+    def middle(weights: dict[str, Array], x: Array, m: Array, c: Array) -> Any:
+        x, found = stages.run(weights, spread[1], x, replace(run, rows=pick(m).rows), c)
+        cost, figures = of_routing(found)
+        return (x, cost), figures
+
+    def last(shared: dict[str, Array], y: Array, m: Array) -> Any:
+        model = stages.build(pipeline.chunk(local, 0), shared)
+        return of_loss(text_loss(model, model.norm(y), pick(m), run), pick(m))
+
+    return pipeline.Parts(first, middle, last)
+
+
+def split(batch: Batch, count: int) -> Batch:
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def accumulate(one: Callable[..., Any], weights: dict[str, Array], batch: Batch, count: int) -> Any:
     """The sum of one(weights, microbatch) over `count` microbatches, in float32."""
     if count == 1:
         return one(weights, batch)
-    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    parts = split(batch, count)
     first = one(weights, jax.tree.map(lambda x: x[0], parts))
     rest = jax.tree.map(lambda x: x[1:], parts)
 
@@ -160,12 +225,25 @@ def balanced(sharded: Sharded, weights: dict[str, Array], load: Array) -> dict[s
 def make_evaluation(sharded: Sharded) -> Callable[[dict[str, Array], Batch], tuple[Array, Array]]:
     """jitted (weights, batch) -> (sum of the losses of its tokens in nats, their number)."""
 
+    run = sharded.run(remat="none")
+
     def device(weights: dict[str, Array], batch: Batch) -> tuple[Array, Array]:
-        model, run = sharded.build(weights), sharded.run(remat="none")
-        output, _ = model(batch.tokens, run)
-        hidden = collectives.enter(output.hidden, run.sequence)
-        loss = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.output_weight(run.dtype),
-                             batch.targets.reshape(-1), batch.weights.reshape(-1))
-        return collectives.total((loss, jnp.sum(batch.weights)), BATCH)
+        if sharded.stages:
+            found, _ = pipeline_forwards(sharded, weights, batch, run, lambda found: (jnp.zeros(()), ()),
+                                         lambda loss, part: (loss, jnp.sum(part.weights)))
+        else:
+            model = sharded.build(weights)
+            found = text_loss(model, model(batch.tokens, run)[0].hidden, batch, run), jnp.sum(batch.weights)
+        return collectives.total(found, (*BATCH, "pipeline"))
 
     return jax.jit(sharded.program(device, (Batch(*[rows(sharded.mesh.shape)] * 4),), (P(), P())))
+
+
+def pipeline_forwards(sharded: Sharded, weights: dict[str, Array], batch: Batch, run: Pass,
+                      of_routing: Callable[[Any], tuple[Array, Any]], of_loss: Callable[[Array, Batch], Any]) -> Any:
+    """One device's part of a forward pass through the pipeline, as `pipeline.forwards` returns it."""
+    mesh, count = sharded.config.mesh, sharded.config.train.microbatches
+    weights = {name: collectives.vary(value, missing(sharded.specs[name])) for name, value in weights.items()}
+    spread = sharded.stages.spread(weights)
+    parts = stage_parts(sharded.stages, spread, split(batch, count), run, of_routing, of_loss)
+    return pipeline.forwards(schedules.forwards(mesh.pipeline, count, mesh.chunks), parts, *spread)

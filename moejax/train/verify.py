@@ -22,11 +22,12 @@ from moejax.data.batch import Batch
 from moejax.data.loader import Samples, open_corpus, train_batch
 from moejax.model.router import Routing
 from moejax.model.sharded import Sharded, on_mesh
+from moejax.parallel import collectives
 from moejax.parallel import mesh as meshes
 from moejax.parallel.axes import rows
 from moejax.train import state as states
 from moejax.train.optimizer import make_optimizer
-from moejax.train.step import make_gradients, make_update, step_key
+from moejax.train.step import make_gradients, make_update, pipeline_forwards, step_key
 
 LOSS, GRADIENT = 1e-5, 1e-4
 
@@ -172,12 +173,21 @@ def make_decisions(sharded: Sharded) -> Any:
     """(weights, batch, key) -> what the routers decide in training, [L B T A]: the expert, or -1 - it if full."""
     place = rows(sharded.mesh.shape)
 
+    def code(routing: Routing) -> Array:
+        return jnp.where(routing.kept, routing.expert, -1 - routing.expert)
+
     def device(weights: dict[str, Array], batch: Batch, key: Array) -> Array:
         run = sharded.run(training=True, key=key, rows=batch.rows, sequence=False, remat="none")
-        routing: Routing | None = sharded.build(weights)(batch.tokens, run)[0].routing
-        if routing is None:
+        if "M" not in sharded.config.model.layer_kinds():
             return jnp.zeros((0, *batch.tokens.shape, 0), jnp.int32) + batch.tokens[None, :, :, None] * 0
-        return jnp.where(routing.kept, routing.expert, -1 - routing.expert)
+        if sharded.stages is None:
+            return code(sharded.build(weights)(batch.tokens, run)[0].routing)
+        none = jnp.zeros((), jnp.float32)
+        _, found = pipeline_forwards(sharded, weights, batch, run, lambda found: (
+            none, None if found is None else code(found[0])), lambda loss, _: none)
+        found = jnp.moveaxis(found, 1, 2)  # chunks, slots, microbatches, then a microbatch's sequences
+        found = sharded.stages.of_layers(found.reshape(*found.shape[:2], -1, *found.shape[4:]))
+        return collectives.total(found, ("pipeline",))
 
     return sharded.program(device, (Batch(*[place] * 4), P()), P(None, *place))
 

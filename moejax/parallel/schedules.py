@@ -1,0 +1,310 @@
+"""Pipeline schedules as tables: `ticks[tick][stage]` is what a stage does in a tick.  No jax here.
+
+In one tick a stage does at most one F (forward of a microbatch through a chunk of layers), one B (the gradient of the
+chunk's input) and one W (the gradient of its weights), in this order; where a schedule has no W, B makes both gradients.
+All stages end a tick together, and what F and B made arrives at the neighbour before the next tick.  With several
+chunks, chunk c of stage s is part c × stages + s of the model.
+"""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from moejax.config import Config, ConfigError
+
+COLOURS = {"F": "#4f7df0", "B": "#0e9f8e", "W": "#e8a33d"}
+
+
+class Op(NamedTuple):
+    kind: str  # F, B or W
+    microbatch: int
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.microbatch}" + f".{self.chunk}" * (self.chunk > 0)
+
+
+Ticks = tuple[tuple[tuple[Op, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    name: str
+    stages: int
+    microbatches: int
+    chunks: int
+    ticks: Ticks
+
+    @cached_property
+    def at(self) -> dict[tuple[str, int, int], int]:
+        """(kind, microbatch, part of the model) -> tick, of the first time it is done."""
+        found: dict[tuple[str, int, int], int] = {}
+        for tick, stage, op in self.ops():
+            found.setdefault((op.kind, op.microbatch, op.chunk * self.stages + stage), tick)
+        return found
+
+    @property
+    def split(self) -> bool:
+        """Weight gradients are ops of their own."""
+        return any(op.kind == "W" for _, _, op in self.ops())
+
+    def ops(self) -> list[tuple[int, int, Op]]:
+        return [(tick, stage, op) for tick, row in enumerate(self.ticks)
+                for stage, cell in enumerate(row) for op in cell]
+
+    def check(self) -> list[str]:
+        """Everything that makes the table incomplete or impossible, each with its tick and stage."""
+        kinds, last = "FBW" if self.split else "FB", self.stages * self.chunks - 1
+        problems, done = [], set()
+        for tick, row in enumerate(self.ticks):
+            if len(row) != self.stages:
+                problems.append(f"tick {tick} has {len(row)} stages; the schedule has {self.stages}")
+        for tick, stage, op in self.ops():
+            where, part = f"tick {tick}, stage {stage}: {op}", op.chunk * self.stages + stage
+            if op.kind not in kinds or not (0 <= op.microbatch < self.microbatches and 0 <= op.chunk < self.chunks):
+                problems.append(f"{where} is none of the ops {', '.join(kinds)} of {self.microbatches} microbatches and "
+                                f"{self.chunks} chunks")
+                continue
+            if (op.kind, op.microbatch, part) in done:
+                problems.append(f"{where} was done before, in tick {self.at[op.kind, op.microbatch, part]}")
+            done.add((op.kind, op.microbatch, part))
+            if [other.kind for other in self.ticks[tick][stage]].count(op.kind) > 1:
+                problems.append(f"{where} is not the only {op.kind} there; a stage does one of a kind in a tick")
+            for kind, other, wait in self.needs(op, part, last):
+                ready = self.at.get((kind, op.microbatch, other))
+                if ready is None:
+                    problems.append(f"{where} waits for ever for {kind}{op.microbatch} of part {other}, which is never "
+                                    "done")
+                elif ready + wait > tick:
+                    arrives = f"arrives for tick {ready + wait}" if wait else f"is done in tick {ready}"
+                    problems.append(f"{where} uses {kind}{op.microbatch} of part {other} (stage {other % self.stages}) "
+                                    f"before it is there: it {arrives}")
+        for kind in kinds:
+            for part in range(last + 1):
+                missing = [m for m in range(self.microbatches) if (kind, m, part) not in done]
+                if missing:
+                    problems.append(f"stage {part % self.stages} never does {kind} of chunk {part // self.stages} for "
+                                    f"microbatches {', '.join(map(str, missing))}")
+        return problems
+
+    def needs(self, op: Op, part: int, last: int) -> list[tuple[str, int, int]]:
+        """(kind, part, ticks until it can be used) of what an op waits for."""
+        if op.kind == "F":
+            return [("F", part - 1, 1)] if part else []
+        if op.kind == "W":
+            return [("B", part, 0)]
+        return [("F", part, 0)] + ([("B", part + 1, 1)] if part < last else [])
+
+    def lengths(self, costs: dict[str, float] | None = None) -> list[float]:
+        """How long each tick takes: as long as its busiest stage."""
+        return [max(self.work(cell, costs) for cell in row) for row in self.ticks]
+
+    def work(self, cell: Sequence[Op], costs: dict[str, float] | None = None) -> float:
+        costs = costs or dict.fromkeys("FBW", 1.0)
+        both = 0.0 if self.split else costs["W"]  # B makes both gradients
+        return sum(costs[op.kind] + both * (op.kind == "B") for op in cell)
+
+    def bubble(self, costs: dict[str, float] | None = None) -> float:
+        """Idle share of the stages' time, counted from the table.
+
+        Args:
+            costs: of one F, B (gradient of the input) and W (gradient of the weights); all 1 by default.
+        """
+        busy = sum(self.work(cell, costs) for row in self.ticks for cell in row)
+        return 1 - busy / (self.stages * sum(self.lengths(costs)))
+
+    def peak_inflight(self) -> list[int]:
+        """Of every stage, the most (microbatch, chunk) that it holds at once: from F until the last use."""
+        counts = []
+        for stage in range(self.stages):
+            mine = {part for part in range(stage, self.stages * self.chunks, self.stages)}
+            begins = [tick for (kind, _, part), tick in self.at.items() if kind == "F" and part in mine]
+            ends = [tick for (kind, _, part), tick in self.at.items()
+                    if kind == ("W" if self.split else "B") and part in mine]
+            counts.append(max(sum(b <= tick for b in begins) - sum(e < tick for e in ends)
+                              for tick in range(len(self.ticks))))
+        return counts
+
+    def show(self, width: int = 160) -> str:
+        """The table as text: a line per stage, a column per tick; the middle is left out beyond `width` characters."""
+        cells = [["".join(map(str, row[stage])) or "·" for row in self.ticks] for stage in range(self.stages)]
+        wide = max(len(cell) for row in cells for cell in row)
+        fits = max(2, (width - 10) // (wide + 1))
+        shown = list(range(len(self.ticks)))
+        if len(shown) > fits:
+            shown = [*shown[: fits // 2], -1, *shown[-(fits - fits // 2 - 1):]]
+        lines = [f"stage {stage:<3} " + " ".join("…".ljust(wide) if t < 0 else row[t].ljust(wide) for t in shown)
+                 for stage, row in enumerate(cells)]
+        return "\n".join(line.rstrip() for line in lines) + "\n"
+
+    def svg(self, costs: dict[str, float] | None = None) -> str:
+        """The table as a Gantt picture: time runs to the right, a row per stage."""
+        lengths = self.lengths(costs)
+        begins = [sum(lengths[:tick]) for tick in range(len(lengths))]
+        scale, height, left = min(24.0, 1600 / max(sum(lengths), 1)), 22, 58
+        parts = []
+        for stage in range(self.stages):
+            y = stage * (height + 4)
+            parts.append(f'<text x="0" y="{y + 15}" class="stage">stage {stage}</text>')
+            for tick, row in enumerate(self.ticks):
+                x = left + begins[tick] * scale
+                for op in row[stage]:
+                    wide = self.work([op], costs) * scale
+                    parts.append(
+                        f'<rect x="{x:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="{height}" rx="2" '
+                        f'fill="{COLOURS[op.kind]}" fill-opacity="{1 - 0.45 * op.chunk / max(self.chunks, 1):.2f}">'
+                        f'<title>tick {tick}, stage {stage}: {op}</title></rect>')
+                    if wide >= 14:
+                        parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="op">{op.microbatch}</text>')
+                    x += wide
+        total_width, total_height = left + sum(lengths) * scale, self.stages * (height + 4)
+        return (f'<svg viewBox="0 0 {total_width:.0f} {total_height}" xmlns="http://www.w3.org/2000/svg" '
+                f'style="max-width:{total_width:.0f}px;width:100%;font:11px sans-serif"><style>.stage{{fill:currentColor}}'
+                f'.op{{fill:#fff;text-anchor:middle}}</style>{"".join(parts)}</svg>')
+
+
+def table(stages: int, ops: dict[tuple[int, int], list[Op]]) -> Ticks:
+    """(tick, stage) -> ops, as a table; within a cell F, B, W."""
+    count = max(tick for tick, _ in ops) + 1
+    return tuple(tuple(tuple(sorted(ops.get((tick, stage), ()), key=lambda op: "FBW".index(op.kind)))
+                       for stage in range(stages)) for tick in range(count))
+
+
+def gpipe(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """All forwards, then all backwards (arXiv 1811.06965)."""
+    ops: dict[tuple[int, int], list[Op]] = {}
+    for m in range(microbatches):
+        for s in range(stages):
+            ops[m + s, s] = [Op("F", m)]
+            ops[microbatches + stages - 1 + m + stages - 1 - s, s] = [Op("B", m)]
+    return Schedule("gpipe", stages, microbatches, 1, table(stages, ops))
+
+
+def interleaved(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """Every stage holds several chunks, and a microbatch passes all stages once for each (arXiv 2104.04473).
+
+    Units are numbered: F number u of stage s comes in tick u + s, B number u as early as its first one can, both in
+    groups of `stages` microbatches, chunk after chunk.
+    """
+    ops: dict[tuple[int, int], list[Op]] = {}
+    parts = stages * chunks
+    for unit in range(microbatches * chunks):
+        group, rest = divmod(unit, parts)
+        chunk, m = rest // stages, group * stages + rest % stages
+        for s in range(stages):
+            ops.setdefault((unit + s, s), []).append(Op("F", m, chunk))
+            tick = unit + parts - 1 + stages - 1 - s
+            ops.setdefault((tick, s), []).append(Op("B", m, chunks - 1 - chunk))
+    return Schedule("interleaved", stages, microbatches, chunks, table(stages, ops))
+
+
+def one_f_one_b(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """A stage does one backward for each forward (PipeDream-flush, arXiv 2006.09503): memory is flat in microbatches."""
+    return Schedule("1f1b", stages, microbatches, 1, interleaved(stages, microbatches).ticks)
+
+
+def zero_bubble(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """Weight gradients fill the gaps of 1f1b (ZB-H1, arXiv 2401.10241).
+
+    A stage that would only wait for a neighbour does a weight gradient that it still owes; all do one where all owe
+    one.  After the last forward every tick of a backward is followed by one of weight gradients alone.
+    """
+    plain = one_f_one_b(stages, microbatches).ticks
+    last_forward = max(tick for tick, row in enumerate(plain) for cell in row if any(op.kind == "F" for op in cell))
+    waiting: list[list[int]] = [[] for _ in range(stages)]
+    rows: list[tuple[tuple[Op, ...], ...]] = []
+
+    def add(row: Sequence[tuple[Op, ...]], length: int) -> None:
+        """The row, and a weight gradient wherever a stage has time and owes one."""
+        cells = []
+        for s, cell in enumerate(row):
+            waiting[s] += [op.microbatch for op in cell if op.kind == "B"]
+            fill = waiting[s] and len(cell) < length
+            cells.append((*cell, Op("W", waiting[s].pop(0))) if fill else cell)
+        rows.append(tuple(cells))
+
+    for tick, row in enumerate(plain):
+        busiest = max(len(cell) for cell in row)
+        all_owe = all(owed or any(op.kind == "B" for op in cell) for owed, cell in zip(waiting, row, strict=True))
+        full = all(len(cell) == busiest for cell in row)
+        add(row, busiest + (all_owe and full))
+        if tick > last_forward and any(waiting):
+            add([()] * stages, 1)
+    while any(waiting):
+        add([()] * stages, 1)
+    return Schedule("zero_bubble", stages, microbatches, 1, tuple(rows))
+
+
+SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
+    "1f1b": one_f_one_b, "gpipe": gpipe, "interleaved": interleaved, "zero_bubble": zero_bubble}
+
+
+def forwards(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """Only the forwards, as in evaluation."""
+    ops: dict[tuple[int, int], list[Op]] = {}
+    for m in range(microbatches):
+        for part in range(stages * chunks):
+            group, place = divmod(m, stages)
+            tick = group * stages * chunks + place + part
+            ops[tick, part % stages] = [Op("F", m, part // stages)]
+    return Schedule("forwards", stages, microbatches, chunks, table(stages, ops))
+
+
+def without_idle(schedule: Schedule) -> Schedule:
+    """The same ops of every stage with no waiting: nothing that could be trained with, but what its time is made of."""
+    mine = [[[op for tick, s, op in schedule.ops() if s == stage and op.kind == kind] for kind in "FBW"]
+            for stage in range(schedule.stages)]
+    count = schedule.microbatches * schedule.chunks
+    rows = tuple(tuple(tuple(ops[tick] for ops in lists if ops) for lists in mine) for tick in range(count))
+    return Schedule(f"{schedule.name} without idle", schedule.stages, schedule.microbatches, schedule.chunks, rows)
+
+
+def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedule:
+    """A table from a file: a line per tick, a column per stage, ops such as "F3 B1" (chunk 1: "F3.1") in a cell.
+
+    Raises:
+        ConfigError: the file cannot be read, or a cell is not made of ops.
+    """
+    try:
+        lines = [line for line in csv.reader(path.read_text().splitlines()) if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"mesh.schedule names a schedule ({', '.join(SCHEDULES)}) or a CSV file; {path} cannot be "
+                           f"read ({error})"]) from None
+    if lines and all(cell.strip().lower().startswith("stage") for cell in lines[0]):
+        del lines[0]
+    problems, rows = [], []
+    for tick, line in enumerate(lines):
+        cells = []
+        for stage, text in enumerate(line):
+            ops = []
+            for word in text.split():
+                number, _, chunk = word[1:].partition(".")
+                if word[0] in "FBW" and number.isdigit() and (chunk or "0").isdigit():
+                    ops.append(Op(word[0], int(number), int(chunk or 0)))
+                else:
+                    problems.append(f"{path}: tick {tick}, stage {stage}: an op is F, B or W and a microbatch, such as "
+                                    f"F3 or F3.1 of chunk 1; got {word!r}")
+            cells.append(tuple(sorted(ops, key=lambda op: "FBW".index(op.kind))))
+        rows.append(tuple(cells))
+    if problems or not rows:
+        raise ConfigError(problems or [f"{path} holds no tick"])
+    return Schedule(path.name, stages, microbatches, chunks, tuple(rows))
+
+
+def make(config: Config) -> Schedule:
+    """The schedule of a config's pipeline.
+
+    Raises:
+        ConfigError: its CSV table cannot be read, is not complete or cannot be carried out.
+    """
+    mesh, microbatches = config.mesh, config.train.microbatches
+    if mesh.schedule in SCHEDULES:
+        return SCHEDULES[mesh.schedule](mesh.pipeline, microbatches, mesh.chunks)
+    found = read_csv(Path(mesh.schedule), mesh.pipeline, microbatches, mesh.chunks)
+    problems = found.check()
+    if problems:
+        raise ConfigError([f"{mesh.schedule}: {problem}" for problem in problems])
+    return found
