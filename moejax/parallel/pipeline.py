@@ -6,7 +6,7 @@ sees a scan over ticks.  Memory and traffic are planned from the table before an
 holds what arrives, and until when.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from jax import Array, lax
 from moejax.parallel import collectives
 from moejax.parallel.collectives import only_if
 from moejax.parallel.schedules import Schedule
+from moejax.parallel.split import Split
 
 
 class Parts(NamedTuple):
@@ -31,107 +32,232 @@ class Plan(NamedTuple):
     """A schedule as numbers for the machine: columns [tick, stage], and how many slots each buffer needs."""
 
     columns: dict[str, np.ndarray]
-    inputs: int
-    gradients: int
-    later: int
+    inputs: int  # of parts
+    saved: int  # by F for B
+    gradients: int  # from the next part
+    owed: int  # by B to W
 
 
-def lower(schedule: Schedule, train: bool = True) -> Plan:
-    """Slots for everything that waits: stage inputs until their B, gradients from the next part until they are used,
-    and what B leaves to W.  The last part's F is left out in training, as its B computes it anyway.
-    """
+def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
+    """Slots for everything that waits.  In training without `save` the last part's F is left out: its B does it again."""
     ticks, stages = len(schedule.ticks), schedule.stages
     last = stages * schedule.chunks - 1
     at = schedule.at
     names = [f"{kind}_{what}" for kind in "fbw" for what in ("on", "m", "chunk", "slot", "first", "last")]
-    columns = {name: np.zeros((ticks, stages), np.int32) for name in [*names, "b_got", "b_later", "get_x", "get_dy"]}
+    names += ["f_save", "b_saved", "b_got", "b_owed", "get_x", "get_dy"]
+    columns = {name: np.zeros((ticks, stages), np.int32) for name in names}
     for tick, stage, op in schedule.ops():
         kind, part = op.kind.lower(), op.chunk * stages + stage
-        skipped = train and kind == "f" and part == last and part > 0
+        skipped = train and not save and kind == "f" and part == last
         values = {"on": not skipped, "m": op.microbatch, "chunk": op.chunk, "first": part == 0, "last": part == last}
         for what, value in values.items():
             columns[f"{kind}_{what}"][tick, stage] = value
 
-    def tick_of(kind: str, m: int, part: int) -> int:
-        return at[kind, m, part]
+    def allocate(waits: list[tuple[str, int, int, int]], begin: Any, end: Any, **fill: Any) -> int:
+        """Gives every (m, part) that waits the lowest slot that is free; returns how many there are.
 
-    def allocate(waits: Iterable[tuple[int, int, int, Any]], fill: Callable[[int, int, Any, int], None]) -> int:
-        """Slots for (stage, from tick, to tick, what): the lowest that is free; returns how many there are."""
+        Args:
+            begin, end: (m, part) -> tick.
+            fill: column -> its tick of (m, part), in which the slot is written down.
+        """
         busy: dict[int, list[int]] = {stage: [] for stage in range(stages)}  # until when, by slot
-        for stage, begin, end, what in sorted(waits, key=lambda wait: wait[:3]):
-            slot = next((i for i, until in enumerate(busy[stage]) if until < begin), len(busy[stage]))
-            busy[stage][slot:slot + 1] = [end]
-            fill(stage, begin, what, slot)
+        for m, part in sorted(waits, key=lambda wait: begin(*wait)):
+            mine = busy[part % stages]
+            slot = next((i for i, until in enumerate(mine) if until < begin(m, part)), len(mine))
+            mine[slot:slot + 1] = [end(m, part)]
+            for column, tick in fill.items():
+                if tick(m, part) is not None:
+                    columns[column][tick(m, part), part % stages] = slot
         return max(map(len, busy.values()))
 
-    use = "B" if train else "F"
-    inputs = [(part % stages, tick_of("F", m, part - 1) + 1 if part else tick_of("F", m, 0), tick_of(use, m, part),
-               (m, part)) for kind, m, part in at if kind == "F"]
-    arriving = [(part % stages, tick_of("B", m, part + 1) + 1, tick_of("B", m, part), (m, part))
-                for kind, m, part in at if kind == "B" and part < last]
-    owed = [(part % stages, tick_of("B", m, part), tick_of("W", m, part), (m, part)) for kind, m, part in at
-            if kind == "W"]
+    def tick_of(kind: str, step: int = 0) -> Any:
+        return lambda m, part: at[kind, m, part + step]
 
-    def fill_input(stage: int, begin: int, what: tuple[int, int], slot: int) -> None:
-        m, part = what
-        columns["f_slot"][tick_of("F", m, part), stage] = slot
-        if train:
-            columns["b_slot"][tick_of("B", m, part), stage] = slot
-        if part:
-            got["get_x"][begin, stage] = slot
+    def arrives(m: int, part: int) -> int | None:
+        return at["F", m, part - 1] + 1 if part else None
 
-    def fill_gradient(stage: int, begin: int, what: tuple[int, int], slot: int) -> None:
-        columns["b_got"][tick_of("B", *what), stage] = slot
-        got["get_dy"][begin, stage] = slot
+    def of(kind: str) -> list[Any]:
+        return [(m, part) for k, m, part in at if k == kind]
 
-    def fill_owed(stage: int, begin: int, what: tuple[int, int], slot: int) -> None:
-        columns["b_later"][begin, stage] = slot
-        columns["w_slot"][tick_of("W", *what), stage] = slot
-
-    got = {name: np.full((ticks, stages), -1, np.int32) for name in ("get_x", "get_dy")}
-    sizes = (allocate(inputs, fill_input), allocate(arriving, fill_gradient), allocate(owed, fill_owed))
-    for name, size in zip(got, sizes, strict=False):
-        columns[name] = np.where(got[name] < 0, size, got[name])  # the slot after the last is for what nobody needs
-    return Plan(columns, *sizes)
+    for column in ("get_x", "get_dy"):
+        columns[column][:] = -1
+    inputs = allocate(of("F"), lambda m, part: arrives(m, part) if part else at["F", m, part],
+                      tick_of("B" if train and not save else "F"), get_x=arrives, f_slot=tick_of("F"),
+                      **({"b_slot": tick_of("B")} if train else {}))
+    saved = allocate(of("F"), tick_of("F"), tick_of("B"), f_save=tick_of("F"), b_saved=tick_of("B")) if save else 0
+    grads = allocate([wait for wait in of("B") if wait[1] < last], lambda m, part: at["B", m, part + 1] + 1, tick_of("B"),
+                     get_dy=lambda m, part: at["B", m, part + 1] + 1, b_got=tick_of("B"))
+    owed = allocate(of("W"), tick_of("B"), tick_of("W"), b_owed=tick_of("B"), w_slot=tick_of("W"))
+    for column, size in (("get_x", inputs), ("get_dy", grads)):
+        # The slot after the last is for what nobody needs.
+        columns[column] = np.where(columns[column] < 0, size, columns[column])
+    return Plan(columns, inputs, saved, grads, owed)
 
 
-def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any, Array, Any]:
+def here(plan: Plan) -> dict[str, Array]:
+    """This stage's columns."""
+    return {name: jnp.asarray(column)[:, collectives.index("pipeline")] for name, column in plan.columns.items()}
+
+
+class Pull(NamedTuple):
+    """The gradient of `middle` as a function of what its forward left: the same for every part and microbatch.
+
+    Where something is kept, an entry is the number of the weight that it is, or its type.
+    """
+
+    tree: Any  # of the function that jax.vjp returns
+    leaves: list[int | jax.ShapeDtypeStruct]
+    split: Split | None  # into the gradient of the input and those of the weights
+    owed: list[int | jax.ShapeDtypeStruct]  # what the split keeps
+
+    @classmethod
+    def trace(cls, parts: Parts, weights: Any, x: jax.ShapeDtypeStruct, cut: bool) -> "Pull":
+        found = []
+
+        def look(x: Array, number: Array) -> None:
+            w = chunk(weights, number)
+            (y, cost), _, leaves, tree = differentiate(parts, w, x, number, number)
+            dy = (y, collectives.match(jnp.ones((), cost.dtype), cost))
+            numbers = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(w))}
+            kinds = [numbers.get(id(leaf), kind) for leaf, kind in zip(leaves, jax.eval_shape(lambda: leaves), strict=True)]
+            split, owed = None, []
+            if cut:
+                pull = jax.make_jaxpr(lambda leaves, dy: jax.tree.unflatten(tree, leaves)(dy))(leaves, dy)
+                split = Split(pull, [i == len(numbers) for i in range(len(numbers) + 1)])
+                owed = jax.eval_shape(lambda: split.now(*leaves, *dy)[1])
+                owed = [kind if i is None or i >= len(kinds) else kinds[i]
+                        for i, kind in zip(split.kept_inputs, owed, strict=True)]
+            found.append(cls(tree, kinds, split, owed))
+
+        jax.eval_shape(look, x, pipeline_zero())
+        return found[0]
+
+
+def keep(values: Sequence[Array], kinds: Sequence[Any]) -> list[Array]:
+    """Those that are no weights."""
+    return [value for value, kind in zip(values, kinds, strict=True) if not isinstance(kind, int)]
+
+
+def complete(kept: Iterable[Array], kinds: Sequence[Any], w: Any) -> list[Array]:
+    """The values of which `keep` left out the weights."""
+    kept, leaves = iter(kept), jax.tree.leaves(w)
+    return [leaves[kind] if isinstance(kind, int) else next(kept) for kind in kinds]
+
+
+def differentiate(parts: Parts, w: Any, x: Array, m: Array, c: Array) -> tuple[Any, Any, list[Array], Any]:
+    """(y, cost), figures, and the function that takes gradients back as its leaves and its tree."""
+    out, pull, figures = jax.vjp(lambda w, x: parts.middle(w, x, m, c), w, x, has_aux=True)
+    return out, figures, *jax.tree.flatten(pull)
+
+
+def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save: bool) -> tuple[Any, Any, Array, Any]:
     """One device's part of the gradients of all costs of all microbatches.
 
     Args:
         weights: of this stage, every leaf [chunks, …]; shared: of `first` and `last`.
+        save: F keeps what B needs; otherwise B computes its part again from the part's input.
     Returns: gradients of weights and of shared, in float32; the sum of the last parts' costs; the sums of the figures,
         [chunks, …].
     """
-    plan = lower(schedule)
-    rows = {name: jnp.asarray(column)[:, collectives.index("pipeline")] for name, column in plan.columns.items()}
+    plan = lower(schedule, save=save)
+    rows = here(plan)
     x, kind = kinds(parts, weights, shared)
-    zero = collectives.zeros(x)
+    pull = Pull.trace(parts, weights, x, schedule.split)
+    saved = [kind[0][0], *keep(pull.leaves, pull.leaves)] if save else []
     carry = {
-        "x": ring(x, plan.inputs), "y": zero, "dy": ring(x, plan.gradients), "dx": zero,
-        "weights": zeros_like(weights), "shared": zeros_like(shared),
-        "loss": jnp.zeros((), jnp.float32), "figures": stacked(kind[1], schedule.chunks)}
+        "x": ring(x, plan.inputs), "y": collectives.zeros(x), "dy": ring(x, plan.gradients), "dx": collectives.zeros(x),
+        "saved": [ring(one, plan.saved) for one in saved],
+        "owed": [ring(one, plan.owed) for one in keep(pull.owed, pull.owed)],
+        "weights": zeros_like(weights), "shared": zeros_like(shared), "loss": jnp.zeros((), jnp.float32),
+        "figures": jax.tree.map(lambda one: ring(one, schedule.chunks - 1), kind[1])}
+
+    def run_f(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
+        m, c = row["f_m"], row["f_chunk"]
+
+        def run(x: Array) -> Any:
+            w = chunk(weights, c)
+            if not save:
+                return parts.middle(w, x, m, c)[0][0], None
+            (y, _), figures, leaves, _ = differentiate(parts, w, x, m, c)
+            return y, ([y, *keep(leaves, pull.leaves)], figures)
+
+        xs, y, more = forward(parts, shared, carry["x"], row, x, run)
+        if not save:
+            return {"x": xs, "y": y}
+        slot = jnp.where(row["f_on"] > 0, row["f_save"], plan.saved)
+        return {"x": xs, "y": y, "saved": [write(*pair, slot) for pair in zip(carry["saved"], more[0], strict=True)],
+                "figures": add_chunk(carry["figures"], c, more[1])}
+
+    def run_b(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
+        m, c = row["b_m"], row["b_chunk"]
+        sums = {name: carry[name] for name in ("weights", "shared", "loss", "figures")}
+        # Everything of the forward first: see collectives.after.
+        slot = collectives.after(row["b_saved" if save else "b_slot"], carry["y"])
+
+        def run(sums: Any) -> Any:
+            w = chunk(weights, c)
+            if save:
+                y, *leaves = (read(one, slot) for one in carry["saved"])
+                leaves, tree, new = complete(leaves, pull.leaves, w), pull.tree, sums["figures"]
+            else:
+                (y, _), figures, leaves, tree = differentiate(parts, w, read(carry["x"], slot), m, c)
+                new = add_chunk(sums["figures"], c, figures)
+
+            def head(sum_: Any, loss: Array) -> Any:
+                cost, (more, dy) = jax.value_and_grad(parts.last, (0, 1))(shared, y, m)
+                return dy, add(sum_, more), loss + cost
+
+            def embedding(sum_: Any) -> Any:
+                return add(sum_, jax.vjp(lambda shared: parts.first(shared, m), shared)[1](dx)[0])
+
+            dy, new_shared, loss = only_if(row["b_last"] > 0, head, lambda *sums: (
+                read(carry["dy"], row["b_got"]), *sums[:2]), sums["shared"], sums["loss"])
+            dy = (collectives.match(dy, y), collectives.match(jnp.ones((), kind[0][1].dtype), collectives.zeros(kind[0][1])))
+            if pull.split:
+                (dx,), owed = pull.split.now(*leaves, *dy)
+                owed, new_weights = keep(owed, pull.owed), sums["weights"]
+            else:
+                more, dx = jax.tree.unflatten(tree, leaves)(dy)
+                owed, new_weights = [], add_chunk(sums["weights"], c, more)
+            new_shared = only_if(row["b_first"] > 0, embedding, lambda sum_, _: sum_, new_shared)
+            return (dx, owed), {"weights": new_weights, "shared": new_shared, "loss": loss, "figures": new}
+
+        (dx, owed), sums = only_if(
+            row["b_on"] > 0, run, lambda sums, kind: (collectives.zeros(kind[0]), sums), sums)
+        slot = jnp.where(row["b_on"] > 0, row["b_owed"], plan.owed)
+        return {"dx": dx, "owed": [write(*pair, slot) for pair in zip(carry["owed"], owed, strict=True)]} | sums
+
+    def run_w(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
+        slot, c = collectives.after(row["w_slot"], carry["dx"]), row["w_chunk"]
+
+        def run(sums: Any) -> Any:
+            w = chunk(weights, c)
+            more = pull.split.later(complete((read(one, slot) for one in carry["owed"]), pull.owed, w))
+            return add_chunk(sums, c, jax.tree.unflatten(jax.tree.structure(w), more))
+
+        return {"weights": only_if(row["w_on"] > 0, run, lambda sums, _: sums, carry["weights"])}
 
     def make(does: set[str]) -> Callable[[Any, Any], Any]:
         def tick(carry: Any, row: dict[str, Array]) -> tuple[Any, None]:
-            new = carry | {"x": write(carry["x"], row["get_x"], carry["y"])}
-            if "B" in does:
-                new["dy"] = write(carry["dy"], row["get_dy"], carry["dx"])
+            carry = carry | {"x": write(carry["x"], carry["y"], row["get_x"])}
             if "F" in does:
-                new["x"], new["y"], _ = forward(parts, weights, shared, new["x"], row, (x, kind))
+                carry |= run_f(carry, row)
             if "B" in does:
-                # Everything of the forward first: see collectives.after.
-                new |= backward(parts, weights, shared, new, row)
+                carry |= {"dy": write(carry["dy"], carry["dx"], row["get_dy"])}
+                carry |= run_b(carry, row)
+            if "W" in does:
+                carry |= run_w(carry, row)
             if "F" in does:
-                new["y"] = collectives.pass_on(collectives.after(new["y"], new["dx"]), 1)
+                done = (carry["dx"], jax.tree.leaves(carry["weights"])[0])
+                carry["y"] = collectives.pass_on(collectives.after(carry["y"], *done), 1)
             if "B" in does:
-                new["dx"] = collectives.pass_on(collectives.after(new["dx"], new["y"]), -1)
-            return new, None
+                carry["dx"] = collectives.pass_on(collectives.after(carry["dx"], carry["y"]), -1)
+            return carry, None
 
         return tick
 
-    everything = jax.eval_shape(make({"F", "B"}), carry, jax.tree.map(lambda column: column[0], rows))[0]
-    carry = collectives.cast(carry, everything)
+    full = make({"F", "B", "W"} if schedule.split else {"F", "B"})
+    carry = collectives.cast(carry, jax.eval_shape(full, carry, jax.tree.map(lambda column: column[0], rows))[0])
     for begin, end, does in phases(schedule):
         carry, _ = lax.scan(make(does), carry, {name: column[begin:end] for name, column in rows.items()})
     return carry["weights"], carry["shared"], carry["loss"], carry["figures"]
@@ -140,65 +266,39 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any) -> tu
 def forwards(schedule: Schedule, parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
     """Only forward: the sum of what `last` gives, and the figures of every microbatch, [chunks, microbatches, …]."""
     plan = lower(schedule, train=False)
-    here = collectives.index("pipeline")
-    rows = {name: jnp.asarray(column)[:, here] for name, column in plan.columns.items()}
-    x, kind = kinds(parts, weights, shared)
+    rows = here(plan)
+    x, _ = kinds(parts, weights, shared)
 
     def tick(carry: Any, row: dict[str, Array]) -> tuple[Any, Any]:
         xs, y, result = carry
-        xs, y, figures = forward(parts, weights, shared, write(xs, row["get_x"], y), row, (x, kind))
-        result = only_if(row["f_on"] * row["f_last"] > 0, lambda y, result: add(result, parts.last(shared, y, row["f_m"])),
-                         lambda y, result, kind: result, y, result)
+        m, c = row["f_m"], row["f_chunk"]
+
+        def run(x: Array) -> Any:
+            (y, _), figures = parts.middle(chunk(weights, c), x, m, c)
+            return y, figures
+
+        xs, y, figures = forward(parts, shared, write(xs, y, row["get_x"]), row, x, run)
+        result = only_if(row["f_on"] * row["f_last"] > 0, lambda result: add(result, parts.last(shared, y, m)),
+                         lambda result, _: result, result)
         return (xs, collectives.pass_on(collectives.after(y, result), 1), result), figures
 
-    result = collectives.zeros(jax.eval_shape(parts.last, shared, x, jnp.zeros((), jnp.int32)))
+    result = collectives.zeros(jax.eval_shape(parts.last, shared, x, pipeline_zero()))
     carry = (ring(x, plan.inputs), collectives.zeros(x), result)
     carry = collectives.cast(carry, jax.eval_shape(tick, carry, jax.tree.map(lambda column: column[0], rows))[0])
     (_, _, result), figures = lax.scan(tick, carry, rows)
     when = np.array([[[schedule.at["F", m, c * schedule.stages + s] for m in range(schedule.microbatches)]
                       for c in range(schedule.chunks)] for s in range(schedule.stages)])
-    return result, jax.tree.map(lambda found: found[jnp.asarray(when)[here]], figures)
+    when = jnp.asarray(when)[collectives.index("pipeline")]
+    return result, jax.tree.map(lambda found: found[when], figures)
 
 
-def forward(parts: Parts, weights: Any, shared: Any, xs: Array, row: dict[str, Array], kind: Any) -> Any:
-    """One F, if there is one: the inputs with this one, y, figures."""
-    m, c, slot = row["f_m"], row["f_chunk"], row["f_slot"]
-    x = only_if(row["f_on"] * row["f_first"] > 0, lambda xs: parts.first(shared, m), lambda xs, _: read(xs, slot), xs)
-    x = collectives.cast(x, kind[0])
-    xs = write(xs, jnp.where(row["f_on"] > 0, slot, xs.shape[0] - 1), x)
-
-    def run(x: Array) -> Any:
-        (y, _), figures = parts.middle(chunk(weights, c), x, m, c)
-        return y, figures
-
-    return xs, *only_if(row["f_on"] > 0, run, lambda x, kind: collectives.zeros(kind), x)
-
-
-def backward(parts: Parts, weights: Any, shared: Any, carry: Any, row: dict[str, Array]) -> dict[str, Any]:
-    """One B, if there is one: the gradient of its input, and the sums with what it adds to them."""
-    m, c = row["b_m"], row["b_chunk"]
-    x = collectives.after(read(carry["x"], row["b_slot"]), carry["y"])
-    sums = {name: carry[name] for name in ("weights", "shared", "loss", "figures")}
-
-    def run(x: Array, sums: Any) -> Any:
-        (y, cost), pull, figures = jax.vjp(lambda w, x: parts.middle(w, x, m, c), chunk(weights, c), x, has_aux=True)
-
-        def head(shared_sum: Any, loss: Array) -> Any:
-            cost, (more, dy) = jax.value_and_grad(parts.last, (0, 1))(shared, y, m)
-            return dy, add(shared_sum, more), loss + cost
-
-        def embedding(shared_sum: Any) -> Any:
-            return add(shared_sum, jax.vjp(lambda shared: parts.first(shared, m), shared)[1](dx)[0])
-
-        dy, shared_sum, loss = only_if(row["b_last"] > 0, head, lambda *sums_kind: (
-            read(carry["dy"], row["b_got"]), *sums_kind[:2]), sums["shared"], sums["loss"])
-        more, dx = pull((collectives.match(dy, y), collectives.match(jnp.ones((), cost.dtype), cost)))
-        shared_sum = only_if(row["b_first"] > 0, embedding, lambda shared_sum, kind: shared_sum, shared_sum)
-        return dx, {"weights": add_chunk(sums["weights"], c, more), "shared": shared_sum, "loss": loss,
-                    "figures": add_chunk(sums["figures"], c, figures)}
-
-    dx, sums = only_if(row["b_on"] > 0, run, lambda x, sums, kind: (collectives.zeros(kind[0]), sums), x, sums)
-    return {"dx": dx} | sums
+def forward(parts: Parts, shared: Any, xs: Array, row: dict[str, Array], kind: Any, run: Callable[[Array], Any]) -> Any:
+    """One F, if there is one: the inputs with this one, and what `run` makes of it."""
+    slot, on = row["f_slot"], row["f_on"] > 0
+    x = only_if(on & (row["f_first"] > 0), lambda xs: parts.first(shared, row["f_m"]), lambda xs, _: read(xs, slot), xs)
+    x = collectives.match(collectives.cast(x, kind), xs)
+    xs = write(xs, x, jnp.where(on, slot, xs.shape[0] - 1))
+    return xs, *only_if(on, run, lambda x, kind: collectives.zeros(kind), x)
 
 
 def phases(schedule: Schedule) -> list[tuple[int, int, set[str]]]:
@@ -212,7 +312,7 @@ def phases(schedule: Schedule) -> list[tuple[int, int, set[str]]]:
 
 def kinds(parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
     """Types of an activation between parts, and of what `middle` returns: (y, cost), figures."""
-    zero = collectives.vary(jnp.zeros((), jnp.int32), ("pipeline",))
+    zero = pipeline_zero()
     x = jax.eval_shape(parts.first, shared, zero)
 
     def middle(x: Array) -> Any:
@@ -222,6 +322,11 @@ def kinds(parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
         found = jax.eval_shape(middle, x)
         x = found[0][0]
     return x, found
+
+
+def pipeline_zero() -> Array:
+    """A number that differs between stages, as far as types know."""
+    return collectives.vary(jnp.zeros((), jnp.int32), ("pipeline",))
 
 
 def ring(kind: jax.ShapeDtypeStruct, slots: int) -> Array:
@@ -234,7 +339,7 @@ def read(buffer: Array, slot: Array) -> Array:
     return lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
 
 
-def write(buffer: Array, slot: Array, x: Array) -> Array:
+def write(buffer: Array, x: Array, slot: Array) -> Array:
     buffer, x, slot = collectives.match((buffer, x, slot), buffer, x, slot)
     return lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
 
@@ -253,8 +358,3 @@ def add_chunk(sums: Any, c: Array, more: Any) -> Any:
 
 def zeros_like(weights: Any) -> Any:
     return jax.tree.map(lambda w: collectives.match(jnp.zeros(w.shape, jnp.float32), w), weights)
-
-
-def stacked(kind: Any, chunks: int) -> Any:
-    return jax.tree.map(lambda one: collectives.match(jnp.zeros((chunks, *one.shape), one.dtype),
-                                                      collectives.zeros(one)), kind)

@@ -112,10 +112,11 @@ def pipelined(
     """The same as `accumulate` where the layers are split over stages."""
     fixed = {name: collectives.vary(value, missing(sharded.specs[name])) for name, value in fixed.items()}
     spread, back = jax.vjp(lambda moving: sharded.stages.spread(moving | fixed), moving)
-    parts = stage_parts(sharded.stages, spread, split(batch, schedule.microbatches),
-                        sharded.run(training=True, key=key, remat="none"),
+    save = sharded.config.train.remat != "full"
+    run = sharded.run(training=True, key=key, remat=sharded.config.train.remat if save else "none")
+    parts = stage_parts(sharded.stages, spread, split(batch, schedule.microbatches), run,
                         lambda found: router_cost(found and found[1], share, sharded), lambda loss, _: loss / tokens)
-    *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread)
+    *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread, save)
     return back(tuple(gradients))[0], Figures(
         loss, jnp.sum(figures.balance), jnp.sum(figures.z), sharded.stages.of_layers(figures.load),
         sharded.stages.of_layers(figures.dropped))
