@@ -1,8 +1,10 @@
 """What `import moejax` offers: load a run and use it."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Integer
@@ -44,6 +46,11 @@ class Model:
 def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     """The newest weights of a run folder, on the mesh of its config or of the overrides, e.g. ["mesh.tensor=1"].
 
+    A pipeline is for training: here all layers come onto the devices of one stage.
+
+
+    A pipeline is for training: its stages' layers come together on the devices of one stage.
+
     Raises:
         ConfigError: no run folder, no checkpoint, or overrides that do not fit.
     """
@@ -54,8 +61,13 @@ def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     problems += configs.check(config)
     if problems:
         raise configs.ConfigError(problems)
-    meshes.start(config.mesh)
-    sharded = Sharded(config, meshes.make_mesh(config.mesh))
+    mesh, staged = config.mesh, config.mesh.pipeline > 1
+    if staged:
+        mesh = dataclasses.replace(mesh, pipeline=1, chunks=1, stage_layers=())
+        mesh = dataclasses.replace(mesh, fake_devices=mesh.devices() if mesh.fake_devices else 0)
+        config = dataclasses.replace(config, mesh=mesh)
+    meshes.start(mesh)
+    sharded = Sharded(config, meshes.make_mesh(mesh, jax.devices()[: mesh.devices()] if staged else None))
     return Model(sharded, restore_weights(Path(folder), sharded))
 
 

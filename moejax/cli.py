@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,6 +47,22 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     return {"prompt": args.prompt, "text": texts[0]}
 
 
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Draw the pipeline schedule of a config (--schedule) and count its bubble."""
+    config = load_config(args.config, args.overrides)
+    if not args.schedule:
+        raise ConfigError(["moejax plan draws a schedule so far; add --schedule"])
+    from moejax.parallel import schedules
+
+    table = schedules.make(config)
+    result = {"schedule": table.name, "stages": table.stages, "microbatches": table.microbatches,
+              "chunks": table.chunks, "ticks": len(table.ticks), "bubble": table.bubble(),
+              "peak_inflight": table.peak_inflight()}
+    if not args.json:
+        print(f"{table.show(shutil.get_terminal_size((160, 24)).columns)}\n{schedules.describe(table)}")
+    return result
+
+
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Write a run's report.html with its curves."""
     from moejax.train.report import write_report
@@ -78,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (0.6)")
     text.add_argument("--top-p", type=float, default=0.9, help="draw among the likeliest tokens up to this share (0.9)")
     text.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    command(plan, "config").add_argument("--schedule", action="store_true", help="draw the ticks of the pipeline")
     command(report, "run")
     return top
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")  # made in parallel/schedules.py
 
 
@@ -429,8 +428,8 @@ def check_pipeline(config: Config) -> list[str]:
         if sum(mesh.stage_layers) != layers:
             last = layers - sum(mesh.stage_layers[:-1])
             repair = f"; give stage {(mesh.parts() - 1) % mesh.pipeline} {last}" if last > 0 else ""
-            problems.append(f"mesh.stage_layers must add up to model.layers; got "
-                            f"{' + '.join(map(str, mesh.stage_layers))} = {sum(mesh.stage_layers)} and {layers}{repair}")
+            sum_ = f"{' + '.join(map(str, mesh.stage_layers))} = {sum(mesh.stage_layers)}"
+            problems.append(f"mesh.stage_layers must add up to model.layers; got {sum_} and {layers}{repair}")
     return problems
 
 

@@ -206,7 +206,23 @@ def test_the_largest_allowed_are_allowed_at_once():
     ("mesh.data=2 mesh.fsdp=4 mesh.expert=2 mesh.tensor=2 mesh.fake_devices=8",
      "the mesh axes must multiply to mesh.fake_devices; "
      "got data 2 × fsdp 4 × pipeline 1 × expert 2 × tensor 2 = 32 and 8; set mesh.fake_devices=32"),
-    ("mesh.pipeline=2", "no pipeline schedule exists yet; mesh.pipeline is 2; set mesh.pipeline=1")])
+    ("mesh.pipeline=3 mesh.chunks=2 mesh.schedule=interleaved train.microbatches=6 data.batch=6 model.layers=5",
+     "every part of a pipeline needs a layer; got mesh.pipeline 3 × mesh.chunks 2 = 6 and model.layers 5; "
+     "set mesh.pipeline=2 or lower"),
+    ("mesh.pipeline=2 mesh.schedule=1f1",
+     "mesh.schedule is one of 1f1b, gpipe, interleaved, zero_bubble, or the path of "
+     "a .csv table; got '1f1'; did you mean 1f1b?"),
+    ("mesh.pipeline=2 mesh.chunks=2", "only the schedule interleaved has several chunks; got 1f1b and mesh.chunks 2; "
+     "set mesh.schedule=interleaved or mesh.chunks=1"),
+    ("mesh.pipeline=2 mesh.chunks=2 mesh.schedule=interleaved",
+     "the schedule interleaved takes microbatches in groups of mesh.pipeline; got train.microbatches 1 and "
+     "mesh.pipeline 2; set train.microbatches=2"),
+    ("mesh.pipeline=2 mesh.stage_layers=[4]",
+     "mesh.stage_layers has an entry for each of the mesh.pipeline × mesh.chunks parts; got 1 and 2"),
+    ("mesh.pipeline=2 mesh.stage_layers=[4,0]",
+     "every stage needs a layer; mesh.stage_layers gives stage 1 (part 1) 0; set it to 1 or more"),
+    ("mesh.pipeline=2 mesh.stage_layers=3,2",
+     "mesh.stage_layers must add up to model.layers; got 3 + 2 = 5 and 4; give stage 1 1")])
 def test_rules(overrides, message):
     assert problem(*overrides.split()) == message
 

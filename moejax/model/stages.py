@@ -1,10 +1,11 @@
 """Which layers lie where in a pipeline, and the way of their weights there and back.
 
 A part of the model (a chunk of a stage) is a line of slots that all parts share, as all devices run one program: the
-shortest line of layer kinds in which the layers of every part are found in order.  Where a part has no layer for a slot,
-the slot is left out and its weights are zeros.  Training state keeps the order of the model on every mesh.
+shortest line of layer kinds in which the layers of every part are found in order.  Where a part has no layer for a
+slot, the slot is left out and its weights are zeros.  Training state keeps the order of the model on every mesh.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,15 +33,15 @@ class Home(NamedTuple):
 class Stages:
     """The layout of one config's pipeline.
 
-    `numbers` [stages, chunks, slots] is the layer of the model in every slot (-1 for none), `model` a part as a model of
-    its own, `splits` the dimension of a weight that is split over the stages instead of its layers (None: none is).
+    `numbers` [stages, chunks, slots] is the layer of the model in every slot (-1 for none), `model` a part as a model
+    of its own, `splits` the dimension of a weight that is split over the stages instead of its layers (None: none is).
     """
 
     def __init__(self, config: Config):
         mesh, model = config.mesh, config.model
         self.stages, self.chunks = mesh.pipeline, mesh.chunks
         kinds, ends = model.layer_kinds(), np.cumsum([0, *layer_counts(model.layers, mesh)])
-        parts = [kinds[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        parts = [kinds[begin:end] for begin, end in itertools.pairwise(ends)]
         line = shortest_line(parts)
         numbers = np.full((len(parts), len(line)), -1)
         for part, layers in enumerate(parts):
@@ -115,7 +116,8 @@ class Stages:
         return x, found
 
     def of_layers(self, figures: Array) -> Array:
-        """Figures per MoE slot of this stage, [chunks, slots, …] -> per MoE layer of the model; zeros where not here."""
+        """Figures per MoE slot of this stage, [chunks, slots, …] -> per MoE layer of the model; zeros where not here.
+        """
         numbers = self.numbers[:, :, self.moe_slots]
         count = {n: i for i, n in enumerate(sorted(numbers[numbers >= 0].tolist()))}
         index = jnp.asarray(np.vectorize(lambda n: count.get(n, len(count)), otypes=[np.int32])(numbers))

@@ -155,11 +155,15 @@ def scan_blocks(
 
 
 def remat(body: Any, policy: str) -> Any:
-    """What the backward pass finds saved: everything, the matmuls' outputs (`dots`), or only the layer's input."""
+    """What the backward pass finds saved: everything, all but weights made ready for use (`weights`), the matmuls'
+    outputs (`dots`), or only the layer's input (`full`).
+    """
     if policy == "none":
         return body
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
-    return jax.checkpoint(body, policy=keep, prevent_cse=False)
+    policies = jax.checkpoint_policies
+    keep = {"weights": policies.save_anything_except_these_names("weight"),
+            "dots": policies.dots_with_no_batch_dims_saveable, "full": None}
+    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
 
 
 def runs(model: configs.Model) -> list[tuple[str, int]]:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import config as configs
 from moejax.parallel import axes as rules
@@ -72,7 +73,8 @@ def use(weight: Any, dtype: Any) -> Array:
     """This device's shard of a weight in the compute type, whole along `embed`."""
     dims = [name for name in rules.names(weight.axes) if name != "layer"]
     value = weight[...].astype(dtype)
-    return collectives.gather(value, dims.index("embed")) if "embed" in dims else value
+    value = collectives.gather(value, dims.index("embed")) if "embed" in dims else value
+    return checkpoint_name(value, "weight")
 
 
 def flatten(module: nnx.Module) -> dict[str, Any]:

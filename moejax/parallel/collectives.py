@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend import core
 
 from moejax.parallel.axes import BATCH
 
@@ -62,11 +63,14 @@ def only_if(condition: Array, function: Callable[..., Any], otherwise: Callable[
     """function(*args), or where the condition is false otherwise(*args, the type of function's result), not computing
     the other.  Devices that share a collective inside must agree on the condition.
     """
-    kind = jax.eval_shape(function, *args)
-    axes = varying(condition)
-    kind = jax.tree.map(lambda one: jax.eval_shape(lambda: vary(zeros(one), tuple(axes))), kind)
-    return lax.cond(condition, lambda *args: cast(function(*args), kind),
-                    lambda *args: cast(otherwise(*args, kind), kind), *args)
+    traced, kind = jax.make_jaxpr(function, return_shape=True)(*args)  # once: functions are large, and nest
+    kind = jax.eval_shape(lambda kind: vary(kind, tuple(varying(condition))), kind)
+
+    def run(*args: Any) -> Any:
+        found = map(jnp.asarray, core.jaxpr_as_fun(traced)(*jax.tree.leaves(args)))  # literals come as they are
+        return cast(jax.tree.unflatten(jax.tree.structure(kind), found), kind)
+
+    return lax.cond(condition, run, lambda *args: cast(otherwise(*args, kind), kind), *args)
 
 
 def index(axis: str) -> Array | int:

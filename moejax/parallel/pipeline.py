@@ -6,6 +6,7 @@ sees a scan over ticks.  Memory and traffic are planned from the table before an
 holds what arrives, and until when.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
 
 
 def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
-    """Slots for everything that waits.  In training without `save` the last part's F is left out: its B does it again."""
+    """Slots for everything that waits.  In training without `save` the last part has no F: its B does it again."""
     ticks, stages = len(schedule.ticks), schedule.stages
     last = stages * schedule.chunks - 1
     at = schedule.at
@@ -53,7 +54,7 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
         for what, value in values.items():
             columns[f"{kind}_{what}"][tick, stage] = value
 
-    def allocate(waits: list[tuple[str, int, int, int]], begin: Any, end: Any, **fill: Any) -> int:
+    def allocate(waits: list[tuple[int, int]], begin: Any, end: Any, **fill: Any) -> int:
         """Gives every (m, part) that waits the lowest slot that is free; returns how many there are.
 
         Args:
@@ -62,11 +63,11 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
         """
         busy: dict[int, list[int]] = {stage: [] for stage in range(stages)}  # until when, by slot
         for m, part in sorted(waits, key=lambda wait: begin(*wait)):
-            mine = busy[part % stages]
-            slot = next((i for i, until in enumerate(mine) if until < begin(m, part)), len(mine))
+            mine, since = busy[part % stages], min(begin(m, part), end(m, part))
+            slot = next((i for i, until in enumerate(mine) if until < since), len(mine))
             mine[slot:slot + 1] = [end(m, part)]
             for column, tick in fill.items():
-                if tick(m, part) is not None:
+                if tick(m, part) is not None and tick(m, part) < ticks:  # a table without idle ticks is not causal
                     columns[column][tick(m, part), part % stages] = slot
         return max(map(len, busy.values()))
 
@@ -75,6 +76,9 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
 
     def arrives(m: int, part: int) -> int | None:
         return at["F", m, part - 1] + 1 if part else None
+
+    def returns(m: int, part: int) -> int:
+        return at["B", m, part + 1] + 1
 
     def of(kind: str) -> list[Any]:
         return [(m, part) for k, m, part in at if k == kind]
@@ -85,8 +89,8 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
                       tick_of("B" if train and not save else "F"), get_x=arrives, f_slot=tick_of("F"),
                       **({"b_slot": tick_of("B")} if train else {}))
     saved = allocate(of("F"), tick_of("F"), tick_of("B"), f_save=tick_of("F"), b_saved=tick_of("B")) if save else 0
-    grads = allocate([wait for wait in of("B") if wait[1] < last], lambda m, part: at["B", m, part + 1] + 1, tick_of("B"),
-                     get_dy=lambda m, part: at["B", m, part + 1] + 1, b_got=tick_of("B"))
+    back = [wait for wait in of("B") if wait[1] < last]
+    grads = allocate(back, returns, tick_of("B"), get_dy=returns, b_got=tick_of("B"))
     owed = allocate(of("W"), tick_of("B"), tick_of("W"), b_owed=tick_of("B"), w_slot=tick_of("W"))
     for column, size in (("get_x", inputs), ("get_dy", grads)):
         # The slot after the last is for what nobody needs.
@@ -117,9 +121,10 @@ class Pull(NamedTuple):
         def look(x: Array, number: Array) -> None:
             w = chunk(weights, number)
             (y, cost), _, leaves, tree = differentiate(parts, w, x, number, number)
-            dy = (y, collectives.match(jnp.ones((), cost.dtype), cost))
+            dy = (y, cost)
             numbers = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(w))}
-            kinds = [numbers.get(id(leaf), kind) for leaf, kind in zip(leaves, jax.eval_shape(lambda: leaves), strict=True)]
+            kinds = jax.eval_shape(lambda: leaves)
+            kinds = [numbers.get(id(leaf), kind) for leaf, kind in zip(leaves, kinds, strict=True)]
             split, owed = None, []
             if cut:
                 pull = jax.make_jaxpr(lambda leaves, dy: jax.tree.unflatten(tree, leaves)(dy))(leaves, dy)
@@ -133,7 +138,7 @@ class Pull(NamedTuple):
         return found[0]
 
 
-def keep(values: Sequence[Array], kinds: Sequence[Any]) -> list[Array]:
+def keep(values: Sequence[Any], kinds: Sequence[Any]) -> list[Any]:
     """Those that are no weights."""
     return [value for value, kind in zip(values, kinds, strict=True) if not isinstance(kind, int)]
 
@@ -210,9 +215,10 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
             def embedding(sum_: Any) -> Any:
                 return add(sum_, jax.vjp(lambda shared: parts.first(shared, m), shared)[1](dx)[0])
 
-            dy, new_shared, loss = only_if(row["b_last"] > 0, head, lambda *sums: (
-                read(carry["dy"], row["b_got"]), *sums[:2]), sums["shared"], sums["loss"])
-            dy = (collectives.match(dy, y), collectives.match(jnp.ones((), kind[0][1].dtype), collectives.zeros(kind[0][1])))
+            with jax.named_scope("last"):
+                dy, new_shared, loss = only_if(row["b_last"] > 0, head, lambda *sums: (
+                    read(carry["dy"], row["b_got"]), *sums[:2]), sums["shared"], sums["loss"])
+            dy = (collectives.match(dy, y), 1 + collectives.zeros(kind[0][1]))  # a cost counts once
             if pull.split:
                 (dx,), owed = pull.split.now(*leaves, *dy)
                 owed, new_weights = keep(owed, pull.owed), sums["weights"]
@@ -240,13 +246,12 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
     def make(does: set[str]) -> Callable[[Any, Any], Any]:
         def tick(carry: Any, row: dict[str, Array]) -> tuple[Any, None]:
             carry = carry | {"x": write(carry["x"], carry["y"], row["get_x"])}
-            if "F" in does:
-                carry |= run_f(carry, row)
             if "B" in does:
                 carry |= {"dy": write(carry["dy"], carry["dx"], row["get_dy"])}
-                carry |= run_b(carry, row)
-            if "W" in does:
-                carry |= run_w(carry, row)
+            for op, run in (("F", run_f), ("B", run_b), ("W", run_w)):
+                if op in does:
+                    with jax.named_scope(op):
+                        carry |= run(carry, row)
             if "F" in does:
                 done = (carry["dx"], jax.tree.leaves(carry["weights"])[0])
                 carry["y"] = collectives.pass_on(collectives.after(carry["y"], *done), 1)
@@ -307,7 +312,7 @@ def phases(schedule: Schedule) -> list[tuple[int, int, set[str]]]:
     steady = next((i for i, kinds in enumerate(busy) if kinds - {"F"}), len(busy))
     drain = max((i for i, kinds in enumerate(busy) if "F" in kinds), default=-1) + 1
     cuts = sorted({0, steady, max(steady, drain), len(busy)})
-    return [(a, b, set().union(*busy[a:b])) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [(a, b, set().union(*busy[a:b])) for a, b in itertools.pairwise(cuts)]
 
 
 def kinds(parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
@@ -335,7 +340,7 @@ def ring(kind: jax.ShapeDtypeStruct, slots: int) -> Array:
     return collectives.match(jnp.zeros((slots + 1, *zero.shape), zero.dtype), zero)
 
 
-def read(buffer: Array, slot: Array) -> Array:
+def read(buffer: Array, slot: Array | int) -> Array:
     return lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
 
 
@@ -344,7 +349,7 @@ def write(buffer: Array, x: Array, slot: Array) -> Array:
     return lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
 
 
-def chunk(weights: Any, c: Array) -> Any:
+def chunk(weights: Any, c: Array | int) -> Any:
     return jax.tree.map(lambda w: w[0] if w.shape[0] == 1 else read(w, c), weights)
 
 

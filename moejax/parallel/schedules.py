@@ -1,12 +1,13 @@
 """Pipeline schedules as tables: `ticks[tick][stage]` is what a stage does in a tick.  No jax here.
 
 In one tick a stage does at most one F (forward of a microbatch through a chunk of layers), one B (the gradient of the
-chunk's input) and one W (the gradient of its weights), in this order; where a schedule has no W, B makes both gradients.
+chunk's input) and one W (the gradient of its weights), in this order; where a schedule has no W, B makes both.
 All stages end a tick together, and what F and B made arrives at the neighbour before the next tick.  With several
 chunks, chunk c of stage s is part c × stages + s of the model.
 """
 
 import csv
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,8 +66,8 @@ class Schedule:
         for tick, stage, op in self.ops():
             where, part = f"tick {tick}, stage {stage}: {op}", op.chunk * self.stages + stage
             if op.kind not in kinds or not (0 <= op.microbatch < self.microbatches and 0 <= op.chunk < self.chunks):
-                problems.append(f"{where} is none of the ops {', '.join(kinds)} of {self.microbatches} microbatches and "
-                                f"{self.chunks} chunks")
+                problems.append(f"{where} is none of the ops {', '.join(kinds)} of {self.microbatches} microbatches "
+                                f"and {self.chunks} chunks")
                 continue
             if (op.kind, op.microbatch, part) in done:
                 problems.append(f"{where} was done before, in tick {self.at[op.kind, op.microbatch, part]}")
@@ -120,7 +121,7 @@ class Schedule:
         """Of every stage, the most (microbatch, chunk) that it holds at once: from F until the last use."""
         counts = []
         for stage in range(self.stages):
-            mine = {part for part in range(stage, self.stages * self.chunks, self.stages)}
+            mine = set(range(stage, self.stages * self.chunks, self.stages))
             begins = [tick for (kind, _, part), tick in self.at.items() if kind == "F" and part in mine]
             ends = [tick for (kind, _, part), tick in self.at.items()
                     if kind == ("W" if self.split else "B") and part in mine]
@@ -132,7 +133,7 @@ class Schedule:
         """The table as text: a line per stage, a column per tick; the middle is left out beyond `width` characters."""
         cells = [["".join(map(str, row[stage])) or "·" for row in self.ticks] for stage in range(self.stages)]
         wide = max(len(cell) for row in cells for cell in row)
-        fits = max(2, (width - 10) // (wide + 1))
+        fits = max(3, (width - 10) // (wide + 1))
         shown = list(range(len(self.ticks)))
         if len(shown) > fits:
             shown = [*shown[: fits // 2], -1, *shown[-(fits - fits // 2 - 1):]]
@@ -162,8 +163,8 @@ class Schedule:
                     x += wide
         total_width, total_height = left + sum(lengths) * scale, self.stages * (height + 4)
         return (f'<svg viewBox="0 0 {total_width:.0f} {total_height}" xmlns="http://www.w3.org/2000/svg" '
-                f'style="max-width:{total_width:.0f}px;width:100%;font:11px sans-serif"><style>.stage{{fill:currentColor}}'
-                f'.op{{fill:#fff;text-anchor:middle}}</style>{"".join(parts)}</svg>')
+                f'style="max-width:{total_width:.0f}px;width:100%;font:11px sans-serif"><style>'
+                f'.stage{{fill:currentColor}}.op{{fill:#fff;text-anchor:middle}}</style>{"".join(parts)}</svg>')
 
 
 def table(stages: int, ops: dict[tuple[int, int], list[Op]]) -> Ticks:
@@ -202,7 +203,7 @@ def interleaved(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
 
 
 def one_f_one_b(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
-    """A stage does one backward for each forward (PipeDream-flush, arXiv 2006.09503): memory is flat in microbatches."""
+    """One backward for each forward (PipeDream-flush, arXiv 2006.09503): memory is flat in microbatches."""
     return Schedule("1f1b", stages, microbatches, 1, interleaved(stages, microbatches).ticks)
 
 
@@ -262,6 +263,14 @@ def without_idle(schedule: Schedule) -> Schedule:
     return Schedule(f"{schedule.name} without idle", schedule.stages, schedule.microbatches, schedule.chunks, rows)
 
 
+def describe(schedule: Schedule) -> str:
+    """A schedule in a line."""
+    chunks = f" of {schedule.chunks} chunks" * (schedule.chunks > 1)
+    return (f"{schedule.name}: {schedule.stages} stages{chunks}, {schedule.microbatches} microbatches, "
+            f"{len(schedule.ticks)} ticks; bubble {schedule.bubble():.1%} if F, B and W take equally long; "
+            f"at most {max(schedule.peak_inflight())} microbatches are held by a stage at once")
+
+
 def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedule:
     """A table from a file: a line per tick, a column per stage, ops such as "F3 B1" (chunk 1: "F3.1") in a cell.
 
@@ -270,7 +279,7 @@ def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedul
     """
     try:
         lines = [line for line in csv.reader(path.read_text().splitlines()) if line]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError([f"mesh.schedule names a schedule ({', '.join(SCHEDULES)}) or a CSV file; {path} cannot be "
                            f"read ({error})"]) from None
     if lines and all(cell.strip().lower().startswith("stage") for cell in lines[0]):
@@ -281,9 +290,8 @@ def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedul
         for stage, text in enumerate(line):
             ops = []
             for word in text.split():
-                number, _, chunk = word[1:].partition(".")
-                if word[0] in "FBW" and number.isdigit() and (chunk or "0").isdigit():
-                    ops.append(Op(word[0], int(number), int(chunk or 0)))
+                if found := re.fullmatch(r"([FBW])([0-9]+)(?:\.([0-9]+))?", word):
+                    ops.append(Op(found[1], int(found[2]), int(found[3] or 0)))
                 else:
                     problems.append(f"{path}: tick {tick}, stage {stage}: an op is F, B or W and a microbatch, such as "
                                     f"F3 or F3.1 of chunk 1; got {word!r}")

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
+from jax.api_util import debug_info
 from jax.extend import core
 
 Key = Any  # a variable of the traced function, or an object that stands for a value added here
@@ -72,7 +74,8 @@ def cut(jaxpr: core.Jaxpr, first: Sequence[Key], rest: Sequence[Key]) -> tuple[l
 
 def step(eqn: core.JaxprEqn) -> Step:
     inputs = list(dict.fromkeys(key for key in eqn.invars if not isinstance(key, core.Literal)))
-    alone = core.ClosedJaxpr(core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects), ())
+    about = debug_info("step", lambda *inputs: None, inputs, {}).with_unknown_names()
+    alone = core.ClosedJaxpr(core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects, about), ())
     return Step(inputs, list(eqn.outvars), core.jaxpr_as_fun(alone))
 
 
@@ -131,7 +134,7 @@ def follow(steps: Sequence[Step], values: dict[Key, Array]) -> dict[Key, Array]:
 
 
 def value_of(key: Key, values: dict[Key, Array]) -> Any:
-    return key.val if isinstance(key, core.Literal) else values[key]
+    return jnp.asarray(key.val) if isinstance(key, core.Literal) else values[key]
 
 
 def trace(function: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:

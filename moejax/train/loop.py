@@ -15,6 +15,7 @@ import numpy as np
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError
+from moejax.data.batch import Batch
 from moejax.data.loader import (
     Corpus,
     Samples,
@@ -26,13 +27,15 @@ from moejax.data.loader import (
 )
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
+from moejax.parallel import schedules
+from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
 from moejax.train.checkpoint import Checkpoints
 from moejax.train.evaluate import validation_loss
 from moejax.train.metrics import MetricsLog, read_metrics
 from moejax.train.optimizer import make_optimizer
 from moejax.train.progress import Progress
-from moejax.train.step import make_evaluation, make_step
+from moejax.train.step import make_evaluation, make_gradients, make_step
 
 # What may differ between a run folder and the config that resumes it: nothing of it changes what is learned.
 FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbatches", "train.remat", "train.eval_",
@@ -52,6 +55,7 @@ def train(config: Config) -> dict[str, Any]:
         ConfigError: the run folder holds a run of another config; the text cannot be used; devices are missing.
         Diverged: NaN or infinity; the last checkpoint is from before.
     """
+    schedule = schedules.make(config)
     run_dir = claim(config)
 
     # Build
@@ -59,7 +63,7 @@ def train(config: Config) -> dict[str, Any]:
     corpus = open_corpus(config.data)
     sharded = Sharded(config, meshes.make_mesh(config.mesh))
     optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
-    step, evaluation = make_step(sharded, optimizer), make_evaluation(sharded)
+    step, evaluation = make_step(sharded, optimizer, schedule), make_evaluation(sharded)
     samples = Samples(corpus.train, config.data.sequence, config.data.seed)
     held_out = Samples(corpus.validation, config.data.sequence, config.data.seed) if config.data.validation else None
 
@@ -101,7 +105,26 @@ def train(config: Config) -> dict[str, Any]:
             # Save
             if number % config.checkpoint.every == 0 or number == last:
                 checkpoints.save(number, state)
+        if sharded.stages and start < last:
+            progress.say("timing the pipeline with and without its idle ticks")
+            found = bubble(sharded, schedule, state.weights, batch)
+            (run_dir / "pipeline.json").write_text(json.dumps(found) + "\n")
     return record
+
+
+def bubble(sharded: Sharded, schedule: Schedule, weights: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
+    """The idle share of a step's gradients: counted, and measured against the same ops without the idle ticks."""
+    seconds: dict[str, list[float]] = {}
+    tables = {"step_s": schedule, "busy_s": schedules.without_idle(schedule)}
+    programs = {name: jax.jit(make_gradients(sharded, table)) for name, table in tables.items()}
+    for _ in range(4):  # the first compiles
+        for name, program in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(program(weights, batch, jax.random.key(0)))
+            seconds.setdefault(name, []).append(time.perf_counter() - begin)
+    middle = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
+    return {"schedule": schedule.name, "bubble": schedule.bubble(),
+            "bubble_measured": 1 - middle["busy_s"] / middle["step_s"]} | middle
 
 
 def claim(config: Config) -> Path:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moejax.config import Config, ConfigError, from_json
+from moejax.parallel import schedules
 from moejax.train.metrics import FILE, read_lines, read_metrics
 
 COLOURS = {  # name: (light, dark)
@@ -54,6 +55,7 @@ class Run:
     records: list[dict[str, Any]]
     summary: dict[str, Any]
     samples: list[dict[str, Any]]
+    pipeline: dict[str, Any]
 
     def series(self, key: str) -> np.ndarray:
         """A number per step, nan where a step has none."""
@@ -100,9 +102,11 @@ def read_run(run_dir: Path) -> Run:
     if not records:
         raise ConfigError([
             f"a report needs a step; {run_dir / FILE} holds none; train first: moejax train CONFIG run_dir={run_dir}"])
-    config, summary = load(config_file, from_json), run_dir / "summary.json"
-    return Run(config.name or run_dir.resolve().name, config, config_file.read_text("utf-8"), records,
-               load(summary, json.loads) if summary.is_file() else {}, read_lines(run_dir / "samples.jsonl"))
+    config = load(config_file, from_json)
+    summary, pipeline = (load(path, json.loads) if path.is_file() else {}
+                         for path in (run_dir / "summary.json", run_dir / "pipeline.json"))
+    return Run(config.name or run_dir.resolve().name, config, config_file.read_text("utf-8"), records, summary,
+               read_lines(run_dir / "samples.jsonl"), pipeline)
 
 
 def load(path: Path, read: Callable[[str], Any]) -> Any:
@@ -293,6 +297,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("Mesh", " × ".join(f"{axis} {length}" for axis, length in lengths if length > 1) or "one device"),
             ("Parameters", large(run.summary.get("parameters"))),
             ("Active parameters", large(run.summary.get("active_parameters"))),
+            ("Pipeline", f"{mesh.schedule}, {run.config.train.microbatches} microbatches" if mesh.pipeline > 1 else ""),
+            ("Bubble, counted", f"{run.pipeline['bubble']:.1%}" if run.pipeline else ""),
+            ("Bubble, measured", f"{run.pipeline['bubble_measured']:.1%}" if run.pipeline else ""),
             *((label, str(run.summary.get(label.lower(), ""))) for label in ("Devices", "JAX", "Python"))]
     return [(label, value) for label, value in rows if value]
 
@@ -361,7 +368,7 @@ PAGE = """<!doctype html>
 <dl>{facts}</dl>
 <main>
 {figures}</main>
-{samples}<details><summary>Configuration</summary><pre>{config}</pre></details>
+{schedule}{samples}<details><summary>Configuration</summary><pre>{config}</pre></details>
 </body></html>
 """
 
@@ -373,8 +380,28 @@ def page(run: Run, figures: str) -> str:
     rows = "".join(f"<div><dt>{label}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts(run))
     samples = "".join(sample(**{key: str(each.get(key, "")) for key in ("prompt", "text")}) for each in run.samples)
     return PAGE.format(name=html.escape(run.name), css=CSS % (light, dark), shape=html.escape(shape(run.config)),
-                       facts=rows, figures=figures, samples=samples and f"<h2>Samples</h2>\n{samples}",
-                       config=html.escape(run.config_text))
+                       facts=rows, figures=figures, schedule=gantt(run),
+                       samples=samples and f"<h2>Samples</h2>\n{samples}", config=html.escape(run.config_text))
+
+
+def gantt(run: Run) -> str:
+    """The schedule of a pipeline as a picture, or nothing."""
+    if run.config.mesh.pipeline == 1:
+        return ""
+    try:
+        table = schedules.make(run.config)
+    except ConfigError:  # a CSV table that is not there any more
+        return ""
+    svg = table.svg().replace(' xmlns="http://www.w3.org/2000/svg"', "").replace(
+        "<svg", '<svg role="img" aria-label="What every stage does over time"', 1)
+    words = (f"{schedules.describe(table)}. Time runs to the right: blue are forwards, green gradients of inputs (and "
+             "of weights, where there is no orange), orange gradients of weights.")
+    if run.pipeline:
+        words += (f" Measured: a step's gradients take {run.pipeline['step_s']:.3g} s, the same ops without idle ticks "
+                  f"{run.pipeline['busy_s']:.3g} s.")
+        if run.config.mesh.fake_devices:
+            words += " Fake devices share the cores: what one leaves idle, another uses."
+    return f"<h2>Pipeline</h2>\n<p>{html.escape(words)}</p>\n<figure>{svg}</figure>\n"
 
 
 def sample(prompt: str, text: str) -> str:

@@ -76,6 +76,7 @@ def make_gradients(
     """(weights, batch, key) -> (gradient of every trained weight, figures), on global arrays.
 
     The gradients come placed like the optimizer's state: with ZeRO-1 each is summed straight into its shards.
+    With a pipeline they are computed as `schedule` says, by default the config's.
     """
     count = sharded.config.train.microbatches
     share = 1 / (count * sharded.config.mesh.batch_shards())
@@ -112,11 +113,13 @@ def pipelined(
     """The same as `accumulate` where the layers are split over stages."""
     fixed = {name: collectives.vary(value, missing(sharded.specs[name])) for name, value in fixed.items()}
     spread, back = jax.vjp(lambda moving: sharded.stages.spread(moving | fixed), moving)
-    save = sharded.config.train.remat != "full"
-    run = sharded.run(training=True, key=key, remat=sharded.config.train.remat if save else "none")
+    # What F saves waits in buffers, so not the weights; where it saves nothing, B does the part again as a whole.
+    remat = {"none": "weights", "dots": "dots", "full": "none"}[sharded.config.train.remat]
+    run = sharded.run(training=True, key=key, remat=remat)
     parts = stage_parts(sharded.stages, spread, split(batch, schedule.microbatches), run,
                         lambda found: router_cost(found and found[1], share, sharded), lambda loss, _: loss / tokens)
-    *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread, save)
+    *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread,
+                                                      save=sharded.config.train.remat != "full")
     return back(tuple(gradients))[0], Figures(
         loss, jnp.sum(figures.balance), jnp.sum(figures.z), sharded.stages.of_layers(figures.load),
         sharded.stages.of_layers(figures.dropped))
@@ -180,9 +183,11 @@ def reduce(gradient: Array, weight: P, place: P) -> Array:
     return gradient
 
 
-def make_step(sharded: Sharded, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+def make_step(
+    sharded: Sharded, optimizer: optax.GradientTransformation, schedule: Schedule | None = None
+) -> Callable[..., Any]:
     """jitted (state, batch) -> (state, figures by name); the state given is consumed."""
-    gradients_of, update = make_gradients(sharded), make_update(sharded, optimizer)
+    gradients_of, update = make_gradients(sharded, schedule), make_update(sharded, optimizer)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         return update(state, *gradients_of(state.weights, batch, step_key(sharded, state.step)))

@@ -24,7 +24,7 @@ from moejax.model.router import Routing
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import collectives
 from moejax.parallel import mesh as meshes
-from moejax.parallel.axes import rows
+from moejax.parallel.axes import AXES, rows
 from moejax.train import state as states
 from moejax.train.optimizer import make_optimizer
 from moejax.train.step import make_gradients, make_update, pipeline_forwards, step_key
@@ -96,11 +96,28 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
         if not configs.check(case) and case not in [config, *(c for _, c in found)]:
             found.append((name, case))
 
+    def add_pipeline(mesh: configs.Mesh) -> None:
+        """With the most microbatches that the batch allows."""
+        for count in (4, 2, 1):
+            train = dataclasses.replace(config.train, microbatches=count)
+            case = dataclasses.replace(config, mesh=mesh, train=train)
+            if not configs.check(case):
+                return add(describe(mesh), case)
+
     for count in (1, 2, 3):
-        for axes in itertools.combinations(("data", "fsdp", "expert", "tensor"), count):
+        for axes in itertools.combinations(("data", "fsdp", "pipeline", "expert", "tensor"), count):
             mesh = largest(config, axes, devices)
-            if mesh:
+            if mesh and mesh.pipeline > 1:
+                add_pipeline(mesh)
+            elif mesh:
                 add(describe(mesh), dataclasses.replace(config, mesh=mesh))
+    pipe = largest(config, ("pipeline", "tensor"), devices) or largest(config, ("pipeline",), devices)
+    if pipe:
+        uneven = (config.model.layers - pipe.pipeline + 1, *[1] * (pipe.pipeline - 1))
+        for changes in ({"schedule": "gpipe"}, {"schedule": "zero_bubble"}, {"schedule": "interleaved", "chunks": 2},
+                        {"stage_layers": uneven}):
+            for stages in (pipe.pipeline, 2):  # several chunks need more layers
+                add_pipeline(dataclasses.replace(pipe, **{"pipeline": stages} | changes))
     add("as configured", dataclasses.replace(own, mesh=dataclasses.replace(own.mesh, fake_devices=0)))
     for option, axes in (("sequence", ("data", "tensor")), ("zero1", ("data", "tensor"))):
         mesh = largest(config, axes, devices)
@@ -135,9 +152,10 @@ def largest(config: Config, axes: tuple[str, ...], devices: int) -> configs.Mesh
 
 
 def describe(mesh: configs.Mesh) -> str:
-    lengths = [f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "expert", "tensor")
-               if getattr(mesh, axis) > 1]
-    return " × ".join(lengths) or "one device"
+    lengths = [f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1]
+    options = [mesh.schedule] if mesh.pipeline > 1 else []
+    options += [f"{mesh.chunks} chunks"] * (mesh.chunks > 1) + [str(list(mesh.stage_layers))] * bool(mesh.stage_layers)
+    return " ".join([" × ".join(lengths) or "one device", *options])
 
 
 def say(text: str) -> None:

@@ -191,7 +191,7 @@ def test_zero1_splits_the_state_of_almost_everything():
     specs, held = placed(FULL, data=4, tensor=8)
     mesh = AbstractMesh((4, 1, 1, 1, 8), axes.AXES)
     shapes = {name: v.shape for name, v in weights.flatten(transformer.abstract(FULL)).items()}
-    state = {name: axes.zero1_spec(specs[name], shapes[name], mesh.shape) for name in specs}
+    state = {name: axes.further(specs[name], shapes[name], "data", mesh.shape["data"]) for name in specs}
     assert state["runs.0.0.feed.up"] == P("data", None, None, None, "tensor")
     assert state["embedding"] == P("tensor", "data")
     for name, spec in state.items():  # every weight has a dimension that 4 divides

@@ -78,13 +78,17 @@ def test_rows_leave_out_axes_of_length_one():
     (P(None), (10,), P(None)),
     (P(), (), P()),
 ])
-def test_zero1_splits_one_free_dimension_over_data(place: P, shape: tuple[int, ...], after: P):
-    assert axes.zero1_spec(place, shape, PRIMES) == after
-    assert axes.zero1_spec(place, shape, ONE) == place
+def test_one_free_dimension_is_split_further(place: P, shape: tuple[int, ...], after: P):
+    assert axes.further(place, shape, "data", PRIMES["data"]) == after
+    assert axes.further(place, shape, "data", 1) == place
+
+
+def test_further_splits_begin_where_they_may():
+    assert axes.further(P(None, None), (22, 33), "pipeline", 11, first=1) == P(None, "pipeline")
 
 
 def test_missing_axes_are_those_a_gradient_is_summed_over():
-    assert axes.missing(P("fsdp", "tensor")) == ("data", "expert")
-    assert axes.missing(P("expert", "fsdp", None, "tensor")) == ("data",)
-    assert axes.missing(P(None)) == ("data", "fsdp", "expert")
+    assert axes.missing(P("fsdp", "tensor")) == ("data", "expert", "pipeline")
+    assert axes.missing(P("pipeline", "expert", "fsdp", None, "tensor")) == ("data",)
+    assert axes.missing(P(None)) == ("data", "fsdp", "expert", "pipeline")
     assert axes.missing(P("fsdp"), ("fsdp", "tensor")) == ("tensor",)

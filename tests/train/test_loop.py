@@ -166,7 +166,8 @@ def test_another_config_is_refused_and_nothing_is_touched(whole, config):
 
 
 FREE = {"name", "run_dir", "mesh.data", "mesh.fsdp", "mesh.pipeline", "mesh.expert", "mesh.tensor", "mesh.sequence",
-        "mesh.zero1", "mesh.fake_devices", "data.cache", "train.steps", "train.microbatches", "train.remat",
+        "mesh.zero1", "mesh.schedule", "mesh.chunks", "mesh.stage_layers", "mesh.fake_devices",
+        "data.cache", "train.steps", "train.microbatches", "train.remat",
         "train.eval_every", "train.eval_batches", "train.log_every", "checkpoint.every", "checkpoint.keep",
         "model.moe.dispatcher"}
 
