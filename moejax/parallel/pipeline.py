@@ -110,6 +110,7 @@ class Pull(NamedTuple):
     """
 
     tree: Any  # of the function that jax.vjp returns
+    cost: jax.ShapeDtypeStruct
     leaves: list[int | jax.ShapeDtypeStruct]
     split: Split | None  # into the gradient of the input and those of the weights
     owed: list[int | jax.ShapeDtypeStruct]  # what the split keeps
@@ -132,7 +133,7 @@ class Pull(NamedTuple):
                 owed = jax.eval_shape(lambda: split.now(*leaves, *dy)[1])
                 owed = [kind if i is None or i >= len(kinds) else kinds[i]
                         for i, kind in zip(split.kept_inputs, owed, strict=True)]
-            found.append(cls(tree, kinds, split, owed))
+            found.append(cls(tree, jax.eval_shape(lambda: cost), kinds, split, owed))
 
         jax.eval_shape(look, x, pipeline_zero())
         return found[0]
@@ -196,16 +197,15 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
     def run_b(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
         m, c = row["b_m"], row["b_chunk"]
         sums = {name: carry[name] for name in ("weights", "shared", "loss", "figures")}
-        # Everything of the forward first: see collectives.after.
-        slot = collectives.after(row["b_saved" if save else "b_slot"], carry["y"])
+        slot = row["b_saved" if save else "b_slot"]
 
         def run(sums: Any) -> Any:
             w = chunk(weights, c)
             if save:
-                y, *leaves = (read(one, slot) for one in carry["saved"])
+                y, *leaves = (read_after(one, slot, carry["y"]) for one in carry["saved"])
                 leaves, tree, new = complete(leaves, pull.leaves, w), pull.tree, sums["figures"]
             else:
-                (y, _), figures, leaves, tree = differentiate(parts, w, read(carry["x"], slot), m, c)
+                (y, _), figures, leaves, tree = differentiate(parts, w, read_after(carry["x"], slot, carry["y"]), m, c)
                 new = add_chunk(sums["figures"], c, figures)
 
             def head(sum_: Any, loss: Array) -> Any:
@@ -218,7 +218,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
             with jax.named_scope("last"):
                 dy, new_shared, loss = only_if(row["b_last"] > 0, head, lambda *sums: (
                     read(carry["dy"], row["b_got"]), *sums[:2]), sums["shared"], sums["loss"])
-            dy = (collectives.match(dy, y), 1 + collectives.zeros(kind[0][1]))  # a cost counts once
+            dy = (collectives.match(dy, y), collectives.cast(jnp.ones((), pull.cost.dtype), pull.cost))
             if pull.split:
                 (dx,), owed = pull.split.now(*leaves, *dy)
                 owed, new_weights = keep(owed, pull.owed), sums["weights"]
@@ -234,11 +234,12 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         return {"dx": dx, "owed": [write(*pair, slot) for pair in zip(carry["owed"], owed, strict=True)]} | sums
 
     def run_w(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
-        slot, c = collectives.after(row["w_slot"], carry["dx"]), row["w_chunk"]
+        slot, c = row["w_slot"], row["w_chunk"]
 
         def run(sums: Any) -> Any:
             w = chunk(weights, c)
-            more = pull.split.later(complete((read(one, slot) for one in carry["owed"]), pull.owed, w))
+            kept = (read_after(one, slot, carry["dx"]) for one in carry["owed"])
+            more = pull.split.later(complete(kept, pull.owed, w))
             return add_chunk(sums, c, jax.tree.unflatten(jax.tree.structure(w), more))
 
         return {"weights": only_if(row["w_on"] > 0, run, lambda sums, _: sums, carry["weights"])}
@@ -342,6 +343,15 @@ def ring(kind: jax.ShapeDtypeStruct, slots: int) -> Array:
 
 def read(buffer: Array, slot: Array | int) -> Array:
     return lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
+
+
+def read_after(buffer: Array, slot: Array, other: Array) -> Array:
+    """Not before `other` is there (see collectives.after), unless the type of what is read is too narrow for that.
+
+    A branch of a condition begins when all that it reads is there, so that one such read is enough.
+    """
+    last = collectives.after(slot, other)
+    return read(buffer, last if collectives.varying(last) <= collectives.varying(buffer) else slot)
 
 
 def write(buffer: Array, x: Array, slot: Array) -> Array:
