@@ -35,6 +35,7 @@ bench: $(VENV)/ready
 	$(RUN)/python tests/bench/moe_layer.py
 	$(RUN)/python tests/bench/compile_time.py
 	$(RUN)/python tests/bench/startup.py
+	$(RUN)/python tests/bench/pipeline.py
 
 bench-peer: $(VENV)/ready
 	$(RUN)/python tests/bench/peers.py

@@ -18,7 +18,7 @@ from moejax.model.layers import ACTIVATIONS
 from moejax.model.router import Routing
 from moejax.parallel import collectives
 
-BLOCK = 256  # rows of one matmul of `blocked`
+BLOCKS = (512, 128)  # rows of one matmul of `blocked`: as many of the first as are full, then of the last
 
 
 class Experts(NamedTuple):
@@ -77,7 +77,7 @@ def blocked(x: Float[Array, "R M D"], routing: Routing, seats: int, experts: Exp
     begins = ends - jnp.sum(load, 0)
     before = begins[None] + jnp.cumsum(load, 0) - load  # where each group's choices of each expert begin
     seat = jnp.sum(jnp.where(hit, before[:, None, None, :], 0), -1) + slot
-    plan = Plan.make(seat, mine, mine.size + BLOCK)  # the last block of the last expert may reach past the end
+    plan = Plan.make(seat, mine, mine.size + BLOCKS[-1])  # the last block of the last expert may reach past the end
     h = pack(rows.reshape(-1, size), plan)
     h = run_blocks(h, experts.up, experts.down, begins, ends, experts.activation)
     y = unpack(h, weight.reshape(rows.shape[0] * rows.shape[1], -1), plan)
@@ -163,6 +163,15 @@ def run_blocks(
     return blocks_forward(x, up, down, begins, ends, activation)[0]
 
 
+def over_blocks(block: Callable[[Array, int, Any], Any], begin: Array, end: Array, rows: int, carry: Any) -> Any:
+    """carry after block(first row, size, carry) from begin to end of all `rows`; the last may reach past the end."""
+    for size in (size for size in BLOCKS if size <= rows):
+        count = (end - begin + (size - 1 if size == BLOCKS[-1] else 0)) // size
+        carry = lax.fori_loop(0, count, lambda i, carry, at=begin, size=size: block(at + i * size, size, carry), carry)
+        begin = begin + count * size
+    return carry
+
+
 def blocks_forward(
     x: Array, up: Array, down: Array, begins: Array, ends: Array, activation: str
 ) -> tuple[Array, Any]:
@@ -172,16 +181,15 @@ def blocks_forward(
     def expert(carry: Any, inputs: Any) -> tuple[Any, None]:
         up, down, begin, end = inputs
 
-        def block(i: Array, carry: Any) -> Any:
+        def block(at: Array, size: int, carry: Any) -> Any:
             # A block may reach into the next expert's rows: that expert, which comes later, writes them again.
             h, y = carry
-            at = begin + i * BLOCK
-            wide = lax.dynamic_slice_in_dim(x, at, BLOCK) @ up.reshape(up.shape[0], -1)
-            narrow = act(wide.reshape(BLOCK, *gates)) @ down
+            wide = lax.dynamic_slice_in_dim(x, at, size) @ up.reshape(up.shape[0], -1)
+            narrow = act(wide.reshape(size, *gates)) @ down
             return (lax.dynamic_update_slice_in_dim(h, wide, at, 0),
                     lax.dynamic_update_slice_in_dim(y, narrow, at, 0))
 
-        return lax.fori_loop(0, (end - begin + BLOCK - 1) // BLOCK, block, carry), None
+        return over_blocks(block, begin, end, x.shape[0], carry), None
 
     h = jnp.zeros((x.shape[0], gates[0] * gates[1]), x.dtype)
     carry = collectives.match((h, jnp.zeros_like(x)), x, up, down, begins)
@@ -196,20 +204,19 @@ def blocks_backward(activation: str, saved: Any, grad: Array) -> tuple[Array, Ar
     def expert(dx: Array, inputs: Any) -> tuple[Array, Any]:
         up, down, begin, end = inputs
 
-        def block(i: Array, carry: Any) -> Any:
+        def block(at: Array, size: int, carry: Any) -> Any:
             dx, d_up, d_down = carry
-            at = begin + i * BLOCK
-            mine = (at + jnp.arange(BLOCK) < end)[:, None]
-            dy = jnp.where(mine, lax.dynamic_slice_in_dim(grad, at, BLOCK), 0)
-            wide = lax.dynamic_slice_in_dim(h, at, BLOCK).reshape(BLOCK, *up.shape[1:])
+            mine = (at + jnp.arange(size) < end)[:, None]
+            dy = jnp.where(mine, lax.dynamic_slice_in_dim(grad, at, size), 0)
+            wide = lax.dynamic_slice_in_dim(h, at, size).reshape(size, *up.shape[1:])
             a, back = jax.vjp(act, wide)
-            dh = back(dy @ down.T)[0].reshape(BLOCK, -1)
-            rows = lax.dynamic_slice_in_dim(x, at, BLOCK)
+            dh = back(dy @ down.T)[0].reshape(size, -1)
+            rows = lax.dynamic_slice_in_dim(x, at, size)
             dx = lax.dynamic_update_slice_in_dim(dx, dh @ up.reshape(up.shape[0], -1).T, at, 0)
             return dx, d_up + (rows.T @ dh).reshape(up.shape), d_down + a.T @ dy
 
         start = collectives.match((jnp.zeros_like(up), jnp.zeros_like(down)), dx)
-        dx, *d_weights = lax.fori_loop(0, (end - begin + BLOCK - 1) // BLOCK, block, (dx, *start))
+        dx, *d_weights = over_blocks(block, begin, end, x.shape[0], (dx, *start))
         return dx, d_weights
 
     dx = collectives.match(jnp.zeros_like(x), x, h, grad, up, begins)

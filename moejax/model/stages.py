@@ -34,7 +34,7 @@ class Stages:
     """The layout of one config's pipeline.
 
     `numbers` [stages, chunks, slots] is the layer of the model in every slot (-1 for none), `model` a part as a model
-    of its own, `splits` the dimension of a weight that is split over the stages instead of its layers (None: none is).
+    of its own, `splits` the dimension in which a weight is split over the stages other than by layers (None: none is).
     """
 
     def __init__(self, config: Config):
@@ -67,12 +67,13 @@ class Stages:
         return homes
 
     def spec(self, name: str, text: str, shape: tuple[int, ...], mesh: dict[str, int]) -> P:
-        """How a weight of the model lies: split along its layers, or, where stages need others, along what divides."""
-        here = any(home.in_place and prefix_of(name) == home.sources[0] for home in self.homes.values())
-        if here or not name.startswith("runs."):
+        """How a weight of the model lies: split along its layers, or, where stages need others or all of it, along what
+        divides.
+        """
+        if any(home.in_place and prefix_of(name) == home.sources[0] for home in self.homes.values()):
             return axes.spec(text, shape, mesh)
         place = axes.spec(text, shape, mesh | {"pipeline": 1})
-        place = axes.further(place, shape, "pipeline", self.stages, first=1)
+        place = axes.further(place, shape, "pipeline", self.stages, first=name.startswith("runs."))
         self.splits[name] = place.index("pipeline") if "pipeline" in place else None
         return place
 
@@ -88,7 +89,9 @@ class Stages:
                 stack = [values[source + suffix] for source in home.sources]
                 rows = self.fetch(stack, home, self.splits.get(name))
                 local[prefix + suffix] = rows.reshape(self.chunks, -1, *rows.shape[1:])
-        return local, {name: value for name, value in values.items() if not name.startswith("runs.")}
+        shared = {name: value for name, value in values.items() if not name.startswith("runs.")}
+        return local, {name: value if self.splits[name] is None else collectives.from_stages(value, self.splits[name])
+                       for name, value in shared.items()}
 
     def fetch(self, stack: list[Array], home: Home, dim: int | None) -> Array:
         if home.in_place:

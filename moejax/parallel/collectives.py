@@ -4,17 +4,18 @@ They run inside one `jax.shard_map` that is manual over all mesh axes with `chec
 which values differ between the devices of an axis ("vary") and transposes each verb rightly.  Nothing varies over an
 axis of length 1, and a verb does nothing there.
 
-| verb     | axis            | forward                                     | backward                       |
-|----------|-----------------|---------------------------------------------|--------------------------------|
-| gather   | fsdp            | all_gather of a weight shard                | psum_scatter                   |
-| enter    | tensor          | nothing, or all_gather of the sequence      | psum, or psum_scatter          |
-| leave    | tensor          | psum, or psum_scatter over the sequence     | nothing, or all_gather         |
-| exchange | expert          | all_to_all                                  | all_to_all                     |
-| collect  | expert          | all_gather of tokens                        | psum_scatter                   |
-| deliver  | expert          | psum_scatter of results                     | all_gather                     |
-| to_stages| pipeline        | all_to_all of weights                       | all_to_all                     |
-| pass_on  | pipeline        | ppermute to the next stage                  | (called with step -1)          |
-| total    | any             | psum                                        | nothing                        |
+| verb        | axis     | forward                                 | backward               |
+| ----------- | -------- | --------------------------------------- | ---------------------- |
+| gather      | fsdp     | all_gather of a weight shard            | psum_scatter           |
+| enter       | tensor   | nothing, or all_gather of the sequence  | psum, or psum_scatter  |
+| leave       | tensor   | psum, or psum_scatter over the sequence | nothing, or all_gather |
+| exchange    | expert   | all_to_all                              | all_to_all             |
+| collect     | expert   | all_gather of tokens                    | psum_scatter           |
+| deliver     | expert   | psum_scatter of results                 | all_gather             |
+| to_stages   | pipeline | all_to_all of weights                   | all_to_all             |
+| from_stages | pipeline | all_gather of weights                   | psum_scatter           |
+| pass_on     | pipeline | ppermute to the next stage              | (called with step -1)  |
+| total       | any      | psum                                    | nothing                |
 """
 
 from collections.abc import Callable
@@ -114,6 +115,11 @@ def deliver(x: Array) -> Array:
 def to_stages(x: Array, dim: int) -> Array:
     """[stages · n, …], of which every stage holds a slice along `dim`, to this stage's own n entries, whole."""
     return lax.all_to_all(x, "pipeline", 0, dim, tiled=True)
+
+
+def from_stages(x: Array, dim: int) -> Array:
+    """The slices of all stages along `dim`, joined."""
+    return lax.all_gather(x, "pipeline", axis=dim, tiled=True)
 
 
 def pass_on(x: Array, step: int) -> Array:

@@ -49,7 +49,12 @@ def transformers_python() -> str:
 def maxtext_python() -> str:
     if "MAXTEXT_PYTHON" in os.environ:
         return os.environ["MAXTEXT_PYTHON"]
-    python = shutil.which("python3.12") or sys.exit("MaxText needs Python 3.12; set MAXTEXT_PYTHON")
+    named = [shutil.which("python3.12") or "", *map(str, Path.home().glob(".pyenv/versions/3.12*/bin/python"))]
+    # A name on the PATH may be pyenv's, for a version that is not switched on.
+    works = (p for p in named if p and subprocess.run([p, "--version"], capture_output=True).returncode == 0)
+    python = next(works, None)
+    if python is None:
+        sys.exit("MaxText needs Python 3.12; set MAXTEXT_PYTHON")
     return environment(".venv-maxtext", python, lambda python: [
         [python, "-m", "pip", "install", "-q", "uv"],
         [python, "-m", "uv", "pip", "install", "-q", "maxtext[tpu]==0.2.5", "--resolution=lowest"]])

@@ -1,6 +1,6 @@
 """Three dispatchers against each other and against a loop over tokens, forward and backward.
 
-BLOCK is made small, so that a few tokens fill several blocks and end inside one.
+BLOCKS are made small, so that a few tokens fill several blocks and end inside one.
 """
 
 import functools
@@ -22,7 +22,7 @@ R, M, D, E, F = 4, 13, 7, 4, 6
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dispatch, "BLOCK", 8)
+    monkeypatch.setattr(dispatch, "BLOCKS", (8, 3))
 
 
 decide = jax.jit(lambda logits, moe, seats: router.route(logits, jnp.zeros(E), moe, seats)[0], static_argnums=(1, 2))
@@ -67,7 +67,7 @@ ONE = configs.Mesh()
 
 
 @functools.cache
-def compiled(name: str, seats: int, mesh: configs.Mesh = ONE, block: int = 8):
+def compiled(name: str, seats: int, mesh: configs.Mesh = ONE, blocks: tuple[int, ...] = (8, 3)):
     """What `loop` returns, of a dispatcher on a mesh, jitted; the tensor shards' parts are summed as in the model."""
     def run(x, up, down, upstream, routing):
         def device(x, up, down, weight, expert, slot, kept):
@@ -132,7 +132,7 @@ def test_on_a_mesh_a_dispatcher_is_the_loop_too(name: str, mesh: configs.Mesh):
 
 @pytest.mark.parametrize("load", [[8, 16, 0, 28], [1, 0, 50, 1], [7, 9, 17, 19], [0, 0, 0, 52], [52, 0, 0, 0]])
 def test_blocks_that_end_early_or_on_the_edge(load: list[int]):
-    """52 tokens in blocks of 8: full blocks, tails that reach into the next expert's rows, and past the last row."""
+    """52 tokens in blocks of 8 and 3: full, tails that reach into the next expert's rows, and past the last row."""
     expert = np.random.default_rng(3).permutation(np.repeat(np.arange(E, dtype=np.int32), load)).reshape(R, M, 1)
     slot = np.stack([[row[:i].count(e) for i, e in enumerate(row)] for row in expert[..., 0].tolist()])
     routing = router.Routing(expert, np.full((R, M, 1), .5, np.float32), slot[..., None].astype(np.int32),
@@ -143,9 +143,9 @@ def test_blocks_that_end_early_or_on_the_edge(load: list[int]):
 
 def test_blocks_of_the_size_that_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
-    assert dispatch.BLOCK > R * M  # one block for each expert, mostly tail
+    assert min(dispatch.BLOCKS) > R * M  # one block for each expert, mostly tail
     routing, inputs = route(*CASES["top 2 dropless"][:2]), values()
-    compare(compiled("blocked", M, block=dispatch.BLOCK)(*inputs, routing), loop(*inputs, routing))
+    compare(compiled("blocked", M, blocks=dispatch.BLOCKS)(*inputs, routing), loop(*inputs, routing))
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)

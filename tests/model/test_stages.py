@@ -138,7 +138,8 @@ def there(sharded: Sharded):
     like = of_part(sharded.stages)
     shapes = {suffix(name): shape for name, shape in sharded.shapes.items() if name.startswith("runs.")}
     local = {name: P("pipeline", *axes.spec(text, shapes[suffix(name)], inner)) for name, text in like.items()}
-    shared = {name: P("pipeline", *spec) for name, spec in sharded.specs.items() if not name.startswith("runs.")}
+    shared = {name: P("pipeline", *axes.spec(sharded.axes[name], sharded.shapes[name], inner))
+              for name in sharded.shapes if not name.startswith("runs.")}
 
     def device(values):
         local, shared = sharded.stages.spread(values)
@@ -221,7 +222,7 @@ def test_even_stages_move_nothing_between_devices():
     ("even", "runs.0.0.attention.q", P("pipeline", None, None, None)),
     ("even", "runs.0.0.feed.bias", P("pipeline", None)),
     ("even pairs on all axes", "runs.0.0.feed.mlp.up", P("pipeline", "fsdp", None, "tensor")),
-    ("uneven", "embedding", P("tensor", None)),
+    ("uneven", "embedding", P("tensor", "pipeline")),  # joined before use
     ("uneven", "runs.0.0.feed.up", P(None, None, "pipeline", None, "tensor")),  # 3 experts: along the width 12
     ("uneven", "runs.0.0.feed.bias", P(None, None)),
     ("chunks", "runs.0.0.attention.q", P(None, "fsdp", "pipeline", None)),  # the layers would divide, but lie elsewhere
@@ -239,10 +240,10 @@ def test_splits_are_those_of_the_specs():
         sharded = make(*layout)
         stages = sharded.stages
         resting = {home.sources[0] for home in stages.homes.values() if home.in_place}
-        assert set(stages.splits) == {name for name in sharded.shapes
-                                      if name.startswith("runs.") and prefix_of(name) not in resting}
+        assert set(stages.splits) == {name for name in sharded.shapes if prefix_of(name) not in resting}
         for name, dim in stages.splits.items():
-            assert dim != 0 and [d for d, axis in enumerate(sharded.specs[name]) if axis == "pipeline"] == (
+            assert dim != 0 or not name.startswith("runs.")
+            assert [d for d, axis in enumerate(sharded.specs[name]) if axis == "pipeline"] == (
                 [] if dim is None else [dim])
 
 
