@@ -226,7 +226,7 @@ def test_even_stages_move_nothing_between_devices():
     ("uneven", "runs.0.0.feed.up", P(None, None, "pipeline", None, "tensor")),  # 3 experts: along the width 12
     ("uneven", "runs.0.0.feed.bias", P(None, None)),
     ("chunks", "runs.0.0.attention.q", P(None, "fsdp", "pipeline", None)),  # the layers would divide, but lie elsewhere
-    ("nothing divides", "embedding", P(None, None)),
+    ("nothing divides", "embedding", P("pipeline", None)),
     ("nothing divides", "runs.1.0.feed.down", P(None, None, "pipeline", None)),  # 14
     ("nothing divides", "runs.0.0.attention.q", P(None, None, None, None)),
 ])
