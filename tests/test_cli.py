@@ -207,3 +207,29 @@ def test_a_run_in_python(trained, texts):
     assert error.value.problems == [
         "the number of sequences must be a multiple of the mesh's batch shards; got 6 and 4; pad the batch, "
         "or load with mesh.data=1"]
+
+
+def test_plan_draws_the_schedule(tmp_path, capfd):
+    path = tmp_path / "piped.py"
+    path.write_text("from moejax.config import *\ndef config():\n"
+                    "    return Config(mesh=Mesh(pipeline=4), train=Train(microbatches=8))\n")
+    assert main(["plan", str(path), "--schedule"]) == 0
+    out = capfd.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[:4]] == [["stage", str(s)] for s in range(4)]
+    assert "1f1b: 4 stages, 8 microbatches, 14 ticks; bubble 27.3%" in out
+    assert main(["plan", str(path), "--schedule", "--json", "mesh.schedule=zero_bubble"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["schedule"] == "zero_bubble" and found["bubble"] == pytest.approx(1 / 9)
+    assert main(["plan", str(path)]) == 2
+    assert "--schedule" in capfd.readouterr().err
+
+
+def test_a_bad_table_is_named_by_tick_and_stage(tmp_path, capfd):
+    (tmp_path / "table.csv").write_text("stage 0,stage 1\nF0,\n,F0\nB0,B0\n")
+    path = tmp_path / "piped.py"
+    path.write_text("from moejax.config import *\ndef config():\n    return Config(mesh=Mesh(pipeline=2, "
+                    f"schedule={str(tmp_path / 'table.csv')!r}))\n")
+    for command in (["plan", str(path), "--schedule"], ["train", str(path), f"run_dir={tmp_path / 'run'}"]):
+        assert main(command) == 2
+        assert "tick 2, stage 0: B0 uses B0 of part 1 (stage 1) before it is there" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,9 +1,9 @@
 """One executor for every pipeline schedule, inside the one-device program.
 
-The ticks of the table are the steps of `lax.scan`s.  A backward computes its part again from the saved input, and
-takes the gradient of that alone, so that nothing grows with the number of microbatches but the table; autodiff never
-sees a scan over ticks.  Memory and traffic are planned from the table before anything runs: which slot of which buffer
-holds what arrives, and until when.
+The ticks of the table are the steps of `lax.scan`s.  A backward computes its part again from the saved input, or takes
+what the forward saved, and differentiates that alone, so that nothing grows with the number of microbatches but the
+table; autodiff never sees a scan over ticks.  Memory and traffic are planned from the table before anything runs:
+which slot of which buffer holds what arrives, and until when.
 """
 
 import itertools

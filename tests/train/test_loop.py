@@ -178,7 +178,9 @@ def another(field: str, kind, value):
         return next((option for option in typing.get_args(kind) if option != value), None)
     if isinstance(value, bool):
         return not value
-    return {int: 3, float: 0.125, str: "b", tuple: ("b",), type(None): 3}[type(value)]
+    if typing.get_origin(kind) is tuple:
+        return (another(field, typing.get_args(kind)[0], typing.get_args(kind)[0]()),)
+    return {int: 3, float: 0.125, str: "b", type(None): 3}[type(value)]
 
 
 @pytest.mark.parametrize("field", [name for name, _ in configs.leaves(Config())])

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import moejax
 from moejax import config as configs
 from moejax.config import ConfigError
 from moejax.data.batch import Batch
@@ -182,10 +183,14 @@ def test_a_training_run_ends_as_without(tmp_path):
         losses.append([record[key] for record in records for key in ("loss", "validation_loss") if key in record])
         assert len(records) == 12
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    # What the pipeline trained is used without one.
+    logits = [moejax.load(tmp_path / name)(np.arange(26)[None]).logits for name in ("plain", "pipeline")]
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
     assert 0 <= loop.json.loads((tmp_path / "pipeline" / "pipeline.json").read_text())["bubble"] < 1
 
 
 DEADLOCK = """
+import moejax
 from moejax import config as configs
 from moejax.parallel import mesh as meshes
 config, problems = configs.override(configs.Config(), [

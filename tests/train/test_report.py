@@ -228,3 +228,24 @@ def test_the_heat_map_is_the_load_in_multiples_of_an_even_share(tmp_path, monkey
     np.testing.assert_allclose(image.get_array(), [[2, 1.5, 1], [2, 1.5, 1], [0, 0.5, 1], [0, 0.5, 1]])
     assert (image.norm.vmin + image.norm.vmax) / 2 == 1
     assert image.cmap(0.5)[3] < 0.01 < 0.99 < image.cmap(0.0)[3] == image.cmap(1.0)[3]  # balance is see-through
+
+
+def test_the_schedule_of_a_pipeline_and_its_bubble(tmp_path):
+    run = a_run(tmp_path)
+    config = Config(train=Train(steps=10, microbatches=4), mesh=Mesh(pipeline=2, fake_devices=2))
+    (run / "config.json").write_text(to_json(config))
+    found = {"schedule": "1f1b", "bubble": 0.2, "bubble_measured": 0.125, "step_s": 0.8, "busy_s": 0.7}
+    (run / "pipeline.json").write_text(json.dumps(found))
+    report.write_report(run)
+    page = Page((run / "report.html").read_text("utf-8"))
+    assert page.facts["Pipeline"] == "1f1b, 4 microbatches"
+    assert (page.facts["Bubble, counted"], page.facts["Bubble, measured"]) == ("20.0%", "12.5%")
+    assert page.tags.count("rect") >= 2 * 2 * 4  # F and B of 4 microbatches on 2 stages
+    assert any("0.8 s" in text and "0.7 s" in text for text in page.texts["p"])
+
+
+def test_a_table_that_is_gone_leaves_the_rest_of_the_report(tmp_path):
+    run = a_run(tmp_path)
+    (run / "config.json").write_text(to_json(Config(mesh=Mesh(pipeline=2, schedule="gone.csv"))))
+    report.write_report(run)
+    assert "Bubble, counted" not in Page((run / "report.html").read_text("utf-8")).facts
