@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 	$(RUN)/moejax report runs/demo
 
 test: $(VENV)/ready
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile
 
 test-newest:
 	@test -n "$(NEWEST)" || { echo "make test-newest needs a Python of 3.12 or newer on the PATH"; exit 2; }
