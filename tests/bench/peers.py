@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-MESH = ["mesh.expert=4", "mesh.tensor=2", "mesh.fake_devices=8"]
-CAPACITY = ["model.moe.capacity_factor=1.25", "model.moe.dispatcher=sorted"]
+MESH = ["mesh.expert=4", "mesh.tensor=2", "mesh.sequence=true", "mesh.fake_devices=8"]
+CAPACITY = ["model.moe.capacity_factor=1.25", "model.moe.dispatcher=sorted", "train.remat=dots"]
 DROP = {"capacity_factor": 1.25, "sparse_matmul": "false"}
 CASES = {  # name: (least ratio, what moejax is told, MaxText's devices and flags, or None for transformers)
     "transformers, dropless, one device": (0.7, [], None),
