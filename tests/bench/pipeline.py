@@ -103,8 +103,7 @@ def idle() -> dict:
             continue
         table = schedules.SCHEDULES[name](8, 8, 1)
         for which, given in ((name, table), (f"{name} busy", schedules.without_idle(table))):
-            function, args, sharded = build(8, 8, name, "full", "model.d_model=256", "model.moe.hidden=512",
-                                            given=given, rows=4)
+            function, args, sharded = build(8, 8, name, "full", given=given)
             cases[which] = function, (sharded.init(0), *args[1:])
         found[name] = sum(table.lengths()) / (8 * sum(table.work([op]) for op in (
             schedules.Op("F", 0), schedules.Op("B", 0), *[schedules.Op("W", 0)] * table.split)))
