@@ -48,9 +48,6 @@ def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
 
     A pipeline is for training: here all layers come onto the devices of one stage.
 
-
-    A pipeline is for training: its stages' layers come together on the devices of one stage.
-
     Raises:
         ConfigError: no run folder, no checkpoint, or overrides that do not fit.
     """
