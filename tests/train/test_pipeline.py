@@ -212,6 +212,6 @@ print("same 20 times")
 
 
 def test_collectives_of_forward_and_backward_never_wait_for_each_other():
-    """At this size XLA's threads starve each other if a tick's forward and backward are independent."""
+    """At such a size XLA's threads can starve each other if a tick's forward and backward are independent."""
     done = subprocess.run([sys.executable, "-c", DEADLOCK], capture_output=True, text=True, timeout=400)
     assert done.stdout == "same 20 times\n", done.stderr[-3000:]
