@@ -36,6 +36,7 @@ bench: $(VENV)/ready
 	$(RUN)/python tests/bench/compile_time.py
 	$(RUN)/python tests/bench/startup.py
 	$(RUN)/python tests/bench/pipeline.py
+	$(RUN)/python tests/bench/checkpoint.py
 
 bench-peer: $(VENV)/ready
 	$(RUN)/python tests/bench/peers.py

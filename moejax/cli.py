@@ -15,6 +15,9 @@ from moejax.config import ConfigError, load_config
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a config, or go on with its run folder."""
     config = load_config(args.config, args.overrides)
+    for name in ("coordinator", "processes", "process"):
+        if getattr(args, name) is not None:
+            os.environ[f"MOEJAX_{name.upper()}"] = getattr(args, name)
     from moejax.train.loop import train
 
     record = train(config)
@@ -73,6 +76,37 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     return {"report": str(path)}
 
 
+def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    """Checkpoints of a run: list, verify, or diff with another bit by bit (each RUN or RUN@STEP)."""
+    if args.action not in ("list", "verify", "diff"):
+        raise ConfigError([f"moejax checkpoint takes list, verify or diff; got {args.action!r}"])
+    if (args.action == "diff") != (args.other is not None):
+        raise ConfigError([f"checkpoint {args.action} takes {'two runs' if args.action == 'diff' else 'one run'}; "
+                           f"got {1 + (args.other is not None)}"])
+    from moejax.train import archive
+
+    if args.action == "list":
+        rows = archive.contents(args.run)
+        lines = [f"step {row['step']}  damaged: {row['damaged']}" if "damaged" in row else
+                 f"step {row['step']}  {row['tokens']:,} tokens  {row['arrays']} arrays  {row['bytes'] / 1e6:,.1f} MB  "
+                 f"saved {row['saved']}" for row in rows]
+        result = {"checkpoints": rows}
+    elif args.action == "verify":
+        found = archive.verify(args.run)
+        lines = [f"step {step}  {'damaged: ' + what if what else 'good'}" for step, what in found.items()]
+        result = {"passed": not any(found.values()), "damaged": {step: what for step, what in found.items() if what}}
+    else:
+        result = archive.diff(args.run, args.other)
+        differ = result["differ"]
+        lines = [f"{name}  {what}" for name, what in differ.items()]
+        lines.append(f"{len(differ)} of {result['arrays']} arrays differ between {result['a']} and {result['b']}"
+                     if differ else f"all bits of {result['arrays']} arrays are equal")
+        result["passed"] = not differ
+    if not args.json:
+        print("\n".join(lines))
+    return result
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="moejax", description="Train, verify and use mixture-of-experts transformers.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -81,14 +115,17 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         for name in positional:
             sub.add_argument(name, metavar=name.upper())
-        if function is not report:
+        if function not in (report, checkpoint):
             sub.add_argument("overrides", nargs="*", default=[], metavar="path.to.field=value",
                              help="change the config")
         sub.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
         sub.set_defaults(function=function)
         return sub
 
-    command(train, "config")
+    run = command(train, "config")
+    run.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0 (as MOEJAX_COORDINATOR), or auto")
+    run.add_argument("--processes", metavar="N", help="how many train together (as MOEJAX_PROCESSES)")
+    run.add_argument("--process", metavar="I", help="which of them this is, from 0 (as MOEJAX_PROCESS)")
     command(verify, "config").add_argument("--steps", type=int, default=2, help="training steps to compare (2)")
     text = command(generate, "run", "prompt")
     text.add_argument("--max-new-tokens", type=int, help="default: up to the sequence length of training")
@@ -97,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     command(plan, "config").add_argument("--schedule", action="store_true", help="draw the ticks of the pipeline")
     command(report, "run")
+    command(checkpoint, "action", "run").add_argument("other", metavar="RUN", nargs="?", help="to compare with (diff)")
     return top
 
 
@@ -129,7 +167,12 @@ def run() -> int:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and {"train", "verify"} & set(sys.argv[1:2]):
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, "-m", "moejax.cli", *sys.argv[1:]])
-    return main()
+    status = main()
+    if status and "MOEJAX_COORDINATOR" in os.environ:  # no leave to take from processes that may be dead
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

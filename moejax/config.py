@@ -136,7 +136,20 @@ class Optimizer:
 @dataclass(frozen=True)
 class Checkpoint:
     every: int = 200  # steps
-    keep: int = 2
+    keep: int = 2  # of the newest
+    keep_every: int = 0  # steps; those of a multiple are kept for good, 0 keeps none so
+    folder: str = ""  # run_dir/checkpoints when empty; gs:// and s3:// work too
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a run does about steps that go wrong."""
+
+    loss_spike: float | None = 2.0  # × the running mean; a step above it is skipped, as one that is not finite
+    norm_spike: float | None = 10.0  # the same for the gradient norm
+    limit: int = 5  # skipped in a row, then the run goes back to a checkpoint and past the data
+    stall: float = 300.0  # seconds in a step, then the watchdog speaks
+    heartbeat: int = 60  # seconds without a sign of life, then the other processes end
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,7 @@ class Train:
     eval_every: int = 100  # steps
     eval_batches: int = 8
     log_every: int = 10  # steps between lines on the terminal
+    fault: Fault = field(default_factory=Fault)
 
 
 @dataclass(frozen=True)
@@ -299,7 +313,8 @@ def check_ranges(config: Config) -> list[str]:
                 "model.moe.capacity_factor model.moe.eval_capacity_factor mesh.data mesh.fsdp mesh.pipeline "
                 "mesh.expert mesh.tensor mesh.chunks data.sequence data.batch optimizer.lr optimizer.eps train.steps "
                 "train.microbatches train.eval_every train.eval_batches train.log_every checkpoint.every "
-                "checkpoint.keep").split()
+                "checkpoint.keep train.fault.loss_spike train.fault.norm_spike train.fault.limit train.fault.stall "
+                "train.fault.heartbeat").split()
     shares = "data.validation optimizer.decay optimizer.final_lr optimizer.b1 optimizer.b2 model.moe.jitter".split()
     problems = []
     for path, (_, value) in leaves(config):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -102,5 +102,8 @@ class Sharded:
 
 
 def on_mesh(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Arrays whose first dimension is the batch, placed on the mesh."""
-    return jax.tree.map(partial(jax.device_put, device=NamedSharding(mesh, axes.rows(mesh.shape))), tree)
+    """Arrays whose first dimension is the batch, placed on the mesh.  Every process has the whole of them, and copies
+    its own devices' rows without a look at the others'.
+    """
+    place = NamedSharding(mesh, axes.rows(mesh.shape))
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), tree)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import config as configs
+from moejax.parallel import processes
 from moejax.parallel.axes import AXES
 
 # Dense bfloat16 FLOP/s of one device by the start of its `device_kind`, from the makers' data sheets.
@@ -18,27 +19,44 @@ PEAK_FLOPS = {
 }
 
 
-def start(mesh: configs.Mesh) -> None:
-    """Give this process its fake CPU devices, if the config wants any.  Call before anything uses a device.
+def start(mesh: configs.Mesh, heartbeat: int = 100) -> None:
+    """Join the group of processes, if the environment names one, and give this process its share of the fake CPU
+    devices, if the config wants any.  Call before anything uses a device; again is harmless.
 
+    Args:
+        heartbeat: seconds without a sign of life after which the other processes of a group end.
     Raises:
-        ConfigError: JAX already runs with another number of devices.
+        ConfigError: JAX already runs with another number of devices, or they do not divide over the processes.
+        Unreachable: the other processes cannot be found.
     """
-    if not mesh.fake_devices:
-        return
+    group = processes.detect(os.environ)
+    if mesh.fake_devices:
+        fake(mesh.fake_devices, group)
+    if group:
+        processes.start(group, heartbeat)
+    if mesh.fake_devices and jax.device_count() < mesh.fake_devices:
+        raise configs.ConfigError([f"mesh.fake_devices is {mesh.fake_devices}, but this process already runs with "
+                                   f"{jax.device_count()} devices; call moejax before using JAX, or set "
+                                   f"JAX_NUM_CPU_DEVICES={mesh.fake_devices}"])
+
+
+def fake(devices: int, group: processes.Group | None) -> None:
+    """Ask JAX for this process's share of so many CPU devices."""
+    count = group.processes if group else 1
+    if count is None or devices % count:
+        raise configs.ConfigError([
+            f"mesh.fake_devices are shared out evenly among the processes; got {devices} and "
+            f"{count or 'a number of processes that only JAX knows'}; " + (
+                f"set mesh.fake_devices to a multiple of {count}" if count else processes.REPAIR)])
     # With more devices than cores a collective waits long for its last participant; the default aborts at 40 s.
     flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=600"
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", mesh.fake_devices)
+        jax.config.update("jax_num_cpu_devices", devices // count)
     except RuntimeError:
         pass  # already running; what counts is how many there are
-    if jax.device_count() < mesh.fake_devices:
-        raise configs.ConfigError([f"mesh.fake_devices is {mesh.fake_devices}, but this process already runs with "
-                                   f"{jax.device_count()} devices; call moejax before using JAX, or set "
-                                   f"JAX_NUM_CPU_DEVICES={mesh.fake_devices}"])
 
 
 def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -60,14 +78,20 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
 
 
 def peak_flops(device: jax.Device) -> float:
-    """FLOP/s of one device: from its data sheet, or on a CPU its share of a float32 matmul measured here."""
+    """FLOP/s of one device: from its data sheet, or on a CPU its share of a float32 matmul measured in this process.
+
+    The processes of a group must all call it: they measure at the same time, as they may share one machine.
+    """
     for kind, flops in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
         if device.device_kind.startswith(kind):
             return flops
+    if device.process_index != jax.process_index():
+        device = jax.local_devices()[0]
     size = 1024
     x = jax.device_put(np.ones((size, size), np.float32), device)
     multiply = jax.jit(jnp.dot)
     multiply(x, x).block_until_ready()
+    processes.barrier("peak")
     begin = time.perf_counter()
     for _ in range(4):
         x = multiply(x, x) * (1 / size)

@@ -1,65 +1,354 @@
-"""Checkpoints of a run, by Orbax: weights, optimizer state and step, independent of the mesh that wrote them."""
+"""Checkpoints of a run, by Orbax, independent of the layout that wrote them; damage is noticed.
 
+A checkpoint is one flat dict of global arrays, by name, and a manifest: a checksum of every array, where the run was,
+and its config.  Orbax itself does not notice a flipped bit.  The checksum is a sum of integers, so that it is the same
+however an array is split; it is computed on the devices and fetched while the arrays are written.
+"""
+
+import json
+import logging
+import math
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding
+from etils import epath
+from jax import Array, lax
 
 from moejax import config as configs
+from moejax.config import Config, ConfigError
 from moejax.model.sharded import Sharded
+from moejax.parallel import processes
+from moejax.train.fault import tell
 from moejax.train.state import State
+
+FILE = "manifest.json"
+ASIDE = "aside"  # the subfolder for checkpoints that a run must not read again
+
+
+class Position(NamedTuple):
+    """Where a run is, beside its arrays."""
+
+    step: int
+    offset: int  # batches that were stepped over; step s reads batch s - 1 + offset
+
+
+class Damaged(RuntimeError):
+    """A checkpoint does not hold what was saved."""
+
+
+class SaveFailed(RuntimeError):
+    """The last state of a run could not be written."""
+
+
+@jax.jit
+def checksum(x: Array) -> Array:
+    """uint32 of an array's bits and their places; any one changed bit changes it, other damage but for 2^-32."""
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    bits = (x if x.dtype == bool else lax.bitcast_convert_type(x, width)).astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for dim in reversed(range(x.ndim)):
+        place += lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[dim]
+    return jnp.sum(mix(bits ^ mix(place + 1)), dtype=jnp.uint32)
+
+
+def mix(x: Array) -> Array:
+    """A bijection of 32 bits that spreads each (MurmurHash3's finalizer)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+checksums = jax.jit(lambda arrays: {name: checksum(x) for name, x in arrays.items()})
+
+
+class Manifest(ocp.AsyncCheckpointHandler):
+    """Writes a JSON object that is made only when the arrays are being written."""
+
+    async def async_save(self, directory: Any, args: "SaveManifest") -> list[ocp.future.Future]:
+        async def write() -> None:
+            if processes.first():
+                text = json.dumps(args.make(), sort_keys=True)
+                (directory / FILE).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "of": text}))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
+
+    def save(self, directory: Any, args: "SaveManifest") -> None:
+        raise NotImplementedError("saved asynchronously only")
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        raise NotImplementedError("read by read_manifest")
+
+
+@ocp.args.register_with_handler(Manifest, for_save=True, for_restore=True)
+@dataclass
+class SaveManifest(ocp.args.CheckpointArgs):
+    make: Callable[[], dict[str, Any]]
+
+
+def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
+    """Raises Damaged where it is not as it was written."""
+    try:
+        found = json.loads((folder / str(step) / "manifest" / FILE).read_text())
+        made = json.loads(found["of"]) if found["crc32"] == zlib.crc32(found["of"].encode()) else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from None
+    if made.get("step") != step:
+        raise Damaged("its manifest is not as it was written")
+    return made
+
+
+def flat(state: State) -> dict[str, Any]:
+    """Every array of a state but the step, by name: "weights/embedding", "optimizer/0/mu/embedding"."""
+    return {name: leaf for name, leaf in named(state) if name != "step"}
+
+
+def named(state: State) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def folder_of(config: Config, run_dir: str | Path) -> epath.Path:
+    """Where the checkpoints of a run lie.  Raises ConfigError where a library for such paths is missing."""
+    folder = epath.Path(config.checkpoint.folder or Path(run_dir).absolute() / "checkpoints")
+    try:
+        folder.exists()
+    except ImportError as error:
+        raise ConfigError([f"a bucket is reached by a library of its own; for {folder} it is missing ({error}); "
+                           "install moejax[gcs] or moejax[s3]"]) from None
+    return folder
+
+
+def open_manager(folder: epath.Path, rules: configs.Checkpoint | None) -> ocp.CheckpointManager:
+    """Orbax's manager of a folder; only to read without rules."""
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # what fails is told in our own words
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=rules and rules.keep, keep_period=(rules and rules.keep_every) or None, create=rules is not None,
+        read_only=rules is None, save_root_metadata=False)
+    # Random digits do not compress, and trying costs the step its cores.
+    handlers = {"arrays": ocp.PyTreeCheckpointHandler(use_compression=False), "manifest": Manifest()}
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.ShapeDtypeStruct]) -> Any:
+    """Some arrays of a checkpoint, by name and placed as the targets say, and its manifest.
+
+    Raises:
+        Damaged: something is missing or not as it was saved.
+        ConfigError: the checkpoint holds arrays of other names, shapes or types.
+    """
+    manifest = read_manifest(manager.directory, step)
+    there = {name: (tuple(one["shape"]), one["dtype"]) for name, one in manifest["arrays"].items()}
+    here = {name: (one.shape, str(one.dtype)) for name, one in targets.items()}
+    differ = [f"{name} is {there.get(name, 'missing')} there and {kind} here"
+              for name, kind in here.items() if there.get(name) != kind]
+    if differ:
+        raise ConfigError([f"a checkpoint is read by the model that wrote it; step {step} in {manager.directory} is "
+                           f"of another: {'; '.join(differ[:3])}{' …' * (len(differ) > 3)}; undo the change of "
+                           "the config"])
+    try:
+        arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(
+            targets, ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True)))["arrays"]
+        found = jax.device_get(checksums(arrays))
+    except Exception as error:
+        if isinstance(error, (MemoryError, PermissionError, ConnectionError)) or "out of memory" in str(error).lower():
+            raise  # not the fault of what is read
+        raise Damaged(f"it cannot be read ({type(error).__name__}: {first_line(error)})") from None
+    wrong = [name for name in found if int(found[name]) != manifest["arrays"][name]["checksum"]]
+    if wrong:
+        raise Damaged(f"{len(wrong)} of its {len(found)} arrays are not as they were saved, first {wrong[0]}")
+    return arrays, manifest
+
+
+def newest_good(manager: ocp.CheckpointManager, targets: dict[str, jax.ShapeDtypeStruct], say: Callable[[str], None],
+                before: float = math.inf) -> tuple[int, dict[str, Array], dict[str, Any]] | None:
+    """Step, arrays and manifest of the newest checkpoint up to a step that is as it was saved; None if there is none at
+    all.
+
+    Raises:
+        ConfigError: there are some, and all are damaged; or as `read`.
+    """
+    steps = sorted((step for step in manager.all_steps() if step <= before), reverse=True)
+    for step in steps:
+        try:
+            return step, *read(manager, step, targets)
+        except Damaged as error:
+            say(f"the checkpoint of step {step} in {manager.directory} is damaged: {error}")
+    if steps:
+        raise ConfigError([f"a run goes on from a good checkpoint; all in {manager.directory} are damaged "
+                           f"(steps {', '.join(map(str, reversed(steps)))}); bring one back from a copy, or set "
+                           "run_dir to a new folder"])
+    return None
 
 
 class Checkpoints:
-    """The checkpoints under `run_dir`/checkpoints; saving goes on in the background while the run continues."""
+    """The checkpoints that a run writes; saving goes on in the background while the run continues."""
 
-    def __init__(self, run_dir: Path, keep: int = 1):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self.manager = ocp.CheckpointManager((run_dir / "checkpoints").absolute(), options=options)
+    def __init__(self, config: Config, say: Callable[[str], None] = tell):
+        self.config, self.say = config, say
+        self.folder = folder_of(config, config.run_dir)
+        self.open()
+        self.saving: int | None = None  # the step that is being written
+        self.again, self.patience = 0, 0  # after a failure: the step of the next attempt, and steps between attempts
 
-    def latest(self) -> int | None:
-        """The newest complete step."""
+    def open(self) -> None:
+        for half in self.folder.glob("*.orbax-checkpoint-tmp") if processes.first() else ():
+            half.rmtree(missing_ok=True)  # of a save that was cut off; it may be what fills the disk
+        self.manager = open_manager(self.folder, self.config.checkpoint)
+
+    def newest(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, step: int, state: State) -> None:
-        """Keep the state after `step` steps.  Does nothing where that step is kept already."""
-        if step != self.latest():
-            self.manager.save(step, args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(state.weights), optimizer=ocp.args.StandardSave(state.optimizer)))
+    def due(self, step: int) -> bool:
+        return step % self.config.checkpoint.every == 0 or (bool(self.patience) and step >= self.again)
 
-    def restore(self, abstract: State, place: State) -> State:
-        """The newest state, placed by `place`."""
-        step = self.latest()
-        parts = jax.tree.map(target, abstract._replace(step=()), place._replace(step=()))
-        found = self.manager.restore(step, args=ocp.args.Composite(
-            weights=ocp.args.StandardRestore(parts.weights), optimizer=ocp.args.StandardRestore(parts.optimizer)))
-        return State(jax.device_put(jnp.int32(step), place.step), found["weights"], found["optimizer"])
+    def save(self, state: State, position: Position) -> None:
+        """Begin to write the state after position.step steps.  A failure is told, and tried again later."""
+        arrays = flat(state)
+        make = maker(self.config, position, arrays, checksums(arrays))  # which the devices compute meanwhile
+        try:
+            self.settle()
+            self.saving = position.step
+            self.manager.save(position.step, force=True, args=ocp.args.Composite(
+                arrays=ocp.args.PyTreeSave(arrays), manifest=SaveManifest(make)))
+        except Exception as error:
+            self.failed(error, position.step)
+
+    def check(self, step: int) -> None:
+        """Tells, after a step, if the save in the background has failed."""
+        try:
+            if self.saving is not None and not self.manager.is_saving_in_progress():
+                self.settle()
+        except Exception as error:
+            self.failed(error, step)
+
+    def settle(self) -> None:
+        """Wait for what is being written; its errors come out here."""
+        self.manager.wait_until_finished()
+        if self.saving is not None:
+            self.saving, self.patience = None, 0
+
+    def failed(self, error: Exception, step: int) -> None:
+        """Raises SaveFailed in a group of processes, which could not go on together."""
+        which, self.saving = self.saving, None
+        self.patience = min(max(2 * self.patience, 1), self.config.checkpoint.every)
+        self.again = step + self.patience
+        what = f"the checkpoint of step {which or step} could not be saved ({first_line(error)})"
+        if jax.process_count() > 1:
+            raise SaveFailed(f"{what}; the last good one is of step {self.newest()}")
+        self.open()
+        self.say(f"{what}; the last good one is of step {self.newest()}; trying again")
+
+    def finish(self, state: State, position: Position) -> None:
+        """Write the last state, and wait until it is there.
+
+        Raises:
+            SaveFailed: it could not be written in several attempts.
+        """
+        for pause in (0, 1, 5):
+            time.sleep(pause)
+            try:
+                self.settle()
+                if self.newest() != position.step:
+                    self.save(state, position)
+                    self.settle()
+            except Exception as error:
+                self.failed(error, position.step)
+            if self.newest() == position.step:
+                return
+        raise SaveFailed(f"the state after step {position.step} could not be saved; the last good checkpoint is of "
+                         f"step {self.newest()}; make room in {self.folder} and start the run again")
+
+    def restore(self, abstract: State, place: State, before: float = math.inf) -> tuple[State, Position] | None:
+        """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""
+        targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for (name, leaf), sharding in
+                   zip(named(abstract), jax.tree.leaves(place), strict=True) if name != "step"}
+        found = newest_good(self.manager, targets, self.say, before)
+        if found is None:
+            return None
+        step, arrays, manifest = found
+        newer = [other for other in self.manager.all_steps() if other > step]
+        if newer:
+            self.set_aside(newer)
+        check_random(self.config, manifest)
+        counted = jax.jit(lambda: jnp.int32(step), out_shardings=place.step)()
+        leaves = [counted if name == "step" else arrays[name] for name, _ in named(abstract)]
+        return (jax.tree.unflatten(jax.tree.structure(abstract), leaves),
+                Position(step, manifest["offset"]))
+
+    def set_aside(self, steps: list[int]) -> None:
+        """Move checkpoints to where the run does not look."""
+        for step in steps if processes.first() else ():
+            place = self.folder / ASIDE / f"{step}-{time.time_ns()}"
+            place.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(place)
+            self.say(f"the checkpoint of step {step} is kept as {place}")
+        processes.barrier("set aside")
+        self.manager.reload()
 
     def close(self) -> None:
-        """Wait for what is being saved; errors of a save in the background come out here."""
-        self.manager.wait_until_finished()
+        try:
+            self.settle()
+        except Exception as error:
+            self.say(f"the last checkpoint could not be saved ({first_line(error)})")
         self.manager.close()
 
 
-def target(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def maker(config: Config, position: Position, arrays: dict[str, Array],
+          sums: dict[str, Array]) -> Callable[[], dict[str, Any]]:
+    """() -> manifest, which waits for the checksums."""
+    kinds = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in arrays.items()}
+
+    def make() -> dict[str, Any]:
+        found = jax.device_get(sums)
+        return position._asdict() | {
+            "tokens": position.step * config.data.batch * config.data.sequence, "rng": random_kind(config),
+            "config": json.loads(configs.to_json(config)),
+            "arrays": {name: kind | {"checksum": int(found[name])} for name, kind in kinds.items()}}
+
+    return make
 
 
-def restore_weights(run_dir: Path, sharded: Sharded) -> dict[str, Any]:
-    """The newest weights of a run, on any mesh.
+def random_kind(config: Config) -> dict[str, Any]:
+    """What, with the step, gives the random numbers of a run."""
+    return {"seed": config.train.seed, "impl": str(jax.random.key_impl(jax.random.key(0))),
+            "partitionable": jax.config.jax_threefry_partitionable}
+
+
+def check_random(config: Config, manifest: dict[str, Any]) -> None:
+    here = random_kind(config)
+    if manifest["rng"] != here:
+        raise ConfigError([f"a run draws the same random numbers to its end; it began with {manifest['rng']}, and this "
+                           f"process has {here}; set JAX's options jax_default_prng_impl and "
+                           "jax_threefry_partitionable to what they were"])
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def restore_weights(run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell) -> dict[str, Array]:
+    """The newest good weights of a run, on any mesh.
 
     Raises:
-        ConfigError: the run has no complete checkpoint.
+        ConfigError: the run has no complete checkpoint, or none that is good.
     """
-    found = Checkpoints(run_dir) if (run_dir / "checkpoints").is_dir() else None
-    if found is None or found.latest() is None:
-        raise configs.ConfigError([f"a run folder holds checkpoints; {run_dir} has none; train it first"])
-    parts = {name: jax.ShapeDtypeStruct(sharded.shapes[name], jnp.float32, sharding=place)
-             for name, place in sharded.shardings.items()}
-    weights = found.manager.restore(found.latest(), args=ocp.args.Composite(
-        weights=ocp.args.StandardRestore(parts)))["weights"]
-    found.close()
-    return weights
+    folder = folder_of(sharded.config, run_dir)
+    targets = {f"weights/{name}": jax.ShapeDtypeStruct(sharded.shapes[name], jnp.float32, sharding=place)
+               for name, place in sharded.shardings.items()}
+    found = None
+    if folder.is_dir():
+        manager = open_manager(folder, None)
+        found = newest_good(manager, targets, say)
+        manager.close()
+    if found is None:
+        raise ConfigError([f"a run folder holds checkpoints; {run_dir} has none; train it first"])
+    return {name.removeprefix("weights/"): value for name, value in found[1].items()}

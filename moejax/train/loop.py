@@ -1,12 +1,11 @@
 """A training run from its config to its last checkpoint."""
 
 import json
-import math
 import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -27,89 +26,179 @@ from moejax.data.loader import (
 )
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
-from moejax.parallel import schedules
+from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
-from moejax.train.checkpoint import Checkpoints
+from moejax.train.checkpoint import Checkpoints, Position, first_line
 from moejax.train.evaluate import validation_loss
-from moejax.train.metrics import MetricsLog, read_metrics
+from moejax.train.fault import Stop, Watchdog, tell
+from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
 from moejax.train.optimizer import make_optimizer
 from moejax.train.progress import Progress
+from moejax.train.state import State
 from moejax.train.step import make_evaluation, make_gradients, make_step
 
 # What may differ between a run folder and the config that resumes it: nothing of it changes what is learned.
 FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbatches", "train.remat", "train.eval_",
-        "train.log_every", "checkpoint.", "model.moe.dispatcher")
+        "train.log_every", "train.fault.", "checkpoint.", "model.moe.dispatcher")
 TEMPORARY = "config.json.tmp"
+REWINDS = 3  # to the same checkpoint
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient is not a number any more."""
+    """Too many bad steps, and going back to a checkpoint does not help."""
+
+
+class PeerLost(RuntimeError):
+    """Another process of the group does not answer."""
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Train until config.train.steps, from the newest checkpoint of config.run_dir if there is one.
+    """Train until config.train.steps or a signal to stop, from the newest good checkpoint of the run if there is one.
 
-    Returns: the last record of metrics.jsonl.
+    Returns: the last record of metrics.jsonl; with `stopped`, the signal's name, if there was one.
     Raises:
-        ConfigError: the run folder holds a run of another config; the text cannot be used; devices are missing.
-        Diverged: NaN or infinity; the last checkpoint is from before.
+        ConfigError: the run folder holds a run of another config; the text cannot be used; devices are missing; every
+            checkpoint is damaged.
+        Diverged: bad steps went on after the run had gone back and past their data REWINDS times.
+        SaveFailed: the last state could not be written.
+        PeerLost: another process of the group has ended.
     """
+    began = time.perf_counter()
     schedule = schedules.make(config)
     run_dir = claim(config)
+    meshes.start(config.mesh, config.train.fault.heartbeat)
+    with Stop() as stop, Watchdog(config.train.fault.stall) as watchdog, ExitStack() as stack:
+        # Build
+        corpus = shared_corpus(config)
+        sharded = Sharded(config, meshes.make_mesh(config.mesh))
+        optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
+        step, evaluation = make_step(sharded, optimizer, schedule), make_evaluation(sharded)
+        samples = Samples(corpus.train, config.data.sequence, config.data.seed)
+        held_out = None
+        if config.data.validation:
+            held_out = Samples(corpus.validation, config.data.sequence, config.data.seed)
 
-    # Build
-    meshes.start(config.mesh)
-    corpus = open_corpus(config.data)
-    sharded = Sharded(config, meshes.make_mesh(config.mesh))
-    optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
-    step, evaluation = make_step(sharded, optimizer, schedule), make_evaluation(sharded)
-    samples = Samples(corpus.train, config.data.sequence, config.data.seed)
-    held_out = Samples(corpus.validation, config.data.sequence, config.data.seed) if config.data.validation else None
+        # Restore
+        watchdog.at("restoring")
+        keep(config, run_dir)
+        checkpoints = stack.enter_context(closing(Checkpoints(config, tell)))
+        layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
+        state, position = checkpoints.restore(*layout) or (states.fresh(sharded, optimizer), Position(0, 0))
+        describe(config, sharded, run_dir)
+        meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)
+        processes.barrier("restored")  # the log is cut back from here on
 
-    # Restore
-    keep(config, run_dir)
-    checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
-    start = checkpoints.latest() or 0
-    if start:
-        place = states.shardings(sharded, optimizer)
-        state = checkpoints.restore(states.abstract(sharded, optimizer), place)
-    else:
-        state = states.fresh(sharded, optimizer)
-    describe(config, sharded, run_dir)
-
-    # Train
-    last = config.train.steps
-    with (closing(checkpoints), MetricsLog(run_dir, start) as log,
-          Progress(last, start, log_every=config.train.log_every) as progress):
+        # Train
+        log = stack.enter_context(MetricsLog(run_dir, position.step, write=processes.first()))
+        progress = stack.enter_context(Progress(config.train.steps, position.step, log_every=config.train.log_every,
+                                                shown=processes.first()))
         record = (read_metrics(run_dir) or [{}])[-1]
-        for note in notes(config, corpus, sharded, start):
+        for note in notes(config, corpus, sharded, position.step):
             progress.say(note)
-        meter = Meter(config, sharded)
-        if start >= last:
-            progress.say(f"{run_dir} has done {start} of {last} steps already; set train.steps higher to go on")
-        for number in range(start + 1, last + 1):
-            batch = on_mesh(sharded.mesh, train_batch(samples, config.data.batch, number - 1))
-            state, figures = step(state, batch)
-            record = meter.record(number, jax.device_get(figures))
+        rewinds, signal, last = 0, None, config.train.steps
+        while position.step < last and signal is None:
+            number = position.step + 1
+            watchdog.at(f"reading the batch of step {number}")
+            batch = on_mesh(sharded.mesh, train_batch(samples, config.data.batch, position.step + position.offset))
+            watchdog.at(f"in step {number}")
+            if jax.process_count() > 1 and meter.first:
+                step = together(step, state, batch)
+            state, figures = advance(step, state, batch)
+            position = position._replace(step=number)
+            record = meter.record(number, figures)
             if number == 1 and held_out is not None:
                 record["unigram_loss"] = unigram_loss(corpus.train, corpus.validation, config.model.vocab)
             if held_out is not None and (number % config.train.eval_every == 0 or number == last):
+                watchdog.at(f"in the evaluation after step {number}")
                 batches = validation_batches(held_out, config.data.batch, config.train.eval_batches)
                 record["validation_loss"] = validation_loss(sharded, evaluation, state.weights, batches)
                 meter.restart()
-            log.write(record)
+            trouble = log.write(record)
+            if trouble:
+                tell(f"the record of step {number} could not be written ({trouble}); trying again after the next")
             progress.update(record)
-            must_be_finite(record, run_dir, checkpoints.latest())
 
-            # Save
-            if number % config.checkpoint.every == 0 or number == last:
-                checkpoints.save(number, state)
-        if sharded.stages and start < last:
+            # Save, or go back
+            watchdog.at(f"saving after step {number}")
+            signal = stop.asked(number)
+            if record["bad"]:
+                tell(f"step {number} is bad, {record['bad']} in a row: loss {record['loss']:.4g}, gradient norm "
+                     f"{record['grad_norm']:.4g}; its update is skipped")
+            if record["bad"] >= config.train.fault.limit:
+                state, back = rewind(checkpoints, layout, position, record, rewinds)
+                log.write({"event": "rewind", "step": number, "to": back.step, "offset": back.offset})
+                tell(f"back to the checkpoint of step {back.step}, and past the data up to here")
+                meter.rewind(back.step)
+                position, rewinds = back, rewinds + 1
+            elif number == last or (signal and not record["bad"]):
+                checkpoints.finish(state, position)
+            elif checkpoints.due(number) and not record["bad"]:
+                checkpoints.save(state, position)
+                rewinds = 0
+            checkpoints.check(number)
+        if signal:
+            progress.say(f"stopped by {signal} after step {position.step}; the same command goes on from there")
+            return record | {"stopped": signal}
+        if meter.first:
+            progress.say(f"{run_dir} has done {position.step} of {last} steps already; "
+                         "set train.steps higher to go on")
+        elif sharded.stages:
             progress.say("timing the pipeline with and without its idle ticks")
             found = bubble(sharded, schedule, state.weights, batch)
-            (run_dir / "pipeline.json").write_text(json.dumps(found) + "\n")
+            put(run_dir / "pipeline.json", json.dumps(found))
     return record
+
+
+def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.ndarray]]:
+    """The state after one more step, and its figures.
+
+    Raises:
+        PeerLost: another process of the group has ended.
+    """
+    try:
+        state, figures = step(state, batch)
+        return state, jax.device_get(figures)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise PeerLost(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
+                       f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
+
+
+def together(step: Any, *args: Any) -> Any:
+    """The compiled step, when all processes have it: one that waits too long in a collective gives up."""
+    compiled = step.lower(*args).compile()
+    processes.barrier("compiled")
+    return compiled
+
+
+def shared_corpus(config: Config) -> Corpus:
+    """The first process of a group fills the cache; the others read it."""
+    if processes.first():
+        corpus = open_corpus(config.data)
+    processes.barrier("text")
+    return corpus if processes.first() else open_corpus(config.data)
+
+
+def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Position, record: dict[str, Any],
+           rewinds: int) -> tuple[State, Position]:
+    """The newest good state from before the bad steps, and its position with the data up to here behind it.
+
+    Raises:
+        Diverged: there is none, or the run has gone back to it too often.
+    """
+    found = checkpoints.restore(*layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
+    if found is None:
+        newest = checkpoints.newest()
+        kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint was written"
+        raise Diverged(
+            f"after train.fault.limit = {record['bad']} bad steps in a row a run goes back to a checkpoint, at most "
+            f"{REWINDS} times to the same; at step {position.step} loss and gradient norm are {record['loss']} and "
+            f"{record['grad_norm']}, and it has gone back {rewinds} times; {kept}; lower optimizer.lr or "
+            "optimizer.clip, or lengthen optimizer.warmup")
+    state, at = found
+    return state, at._replace(offset=position.offset + position.step - at.step)
 
 
 def bubble(sharded: Sharded, schedule: Schedule, weights: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
@@ -157,16 +246,22 @@ def claim(config: Config) -> Path:
 
 
 def keep(config: Config, run_dir: Path) -> None:
-    """Write config.json, whole or not at all: from now on the folder is this config's."""
-    fresh = run_dir / TEMPORARY
-    fresh.write_text(configs.to_json(config))
-    os.replace(fresh, run_dir / "config.json")
+    """Write config.json: from now on the folder is this config's."""
+    put(run_dir / "config.json", configs.to_json(config))
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file whole or not at all, in the first process of a group."""
+    if processes.first():
+        fresh = path.with_name(f"{path.name}.tmp")
+        fresh.write_text(text)
+        os.replace(fresh, path)
 
 
 def describe(config: Config, sharded: Sharded, run_dir: Path) -> None:
     count, active = sharded.parameters()
     device = sharded.mesh.devices.flat[0]
-    (run_dir / "summary.json").write_text(json.dumps({
+    put(run_dir / "summary.json", json.dumps({
         "parameters": count, "active_parameters": active, "devices": f"{config.mesh.devices()} × {device.device_kind}",
         "jax": jax.__version__, "python": platform.python_version()}) + "\n")
 
@@ -183,37 +278,44 @@ def notes(config: Config, corpus: Corpus, sharded: Sharded, start: int) -> Itera
         yield f"resumed after step {start}"
 
 
-def must_be_finite(record: dict[str, Any], run_dir: Path, saved: int | None) -> None:
-    if math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
-        return
-    kept = f"the checkpoint of step {saved} in {run_dir} is kept" if saved else "no checkpoint was written"
-    raise Diverged(f"loss and gradient norm must be finite; at step {record['step']} they are {record['loss']} and "
-                   f"{record['grad_norm']}; {kept}; lower optimizer.lr or optimizer.clip, or lengthen optimizer.warmup")
-
-
 class Meter:
-    """Turns the figures of steps into the lines of metrics.jsonl."""
+    """Turns the figures of steps into the lines of metrics.jsonl.
 
-    def __init__(self, config: Config, sharded: Sharded):
+    `wall_s` counts all processes that the run has had, from their start; `goodput` is the share of it that was spent in
+    steps whose update is in the weights, but for the first step of a process, which compiles.
+    """
+
+    def __init__(self, config: Config, sharded: Sharded, before: list[dict[str, Any]], start: int, began: float):
         self.config = config
         self.tokens = config.data.batch * config.data.sequence
         peak = meshes.peak_flops(sharded.mesh.devices.flat[0]) * config.mesh.devices()
         self.utilisation = 3 * sharded.flops_per_token() / peak  # per token a second; backward is twice forward
+        timed = [record for record in before if "wall_s" in record]
+        self.began = began - (timed[-1]["wall_s"] if timed else 0.0)
+        self.productive = {record["step"]: record["goodput"] * record["wall_s"] for record in timed
+                           if record["step"] <= start}
+        self.first = True
         self.restart()
 
     def restart(self) -> None:
         self.since = time.perf_counter()
 
+    def rewind(self, step: int) -> None:
+        self.productive = {at: seconds for at, seconds in self.productive.items() if at <= step}
+
     def record(self, number: int, figures: dict[str, np.ndarray]) -> dict[str, Any]:
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
+        counts = not self.first and not figures["bad"]
+        self.productive[number] = self.productive.get(number - 1, 0.0) + seconds * counts
+        self.first = False
         choices = np.maximum(np.sum(figures["load"], -1, keepdims=True), 1)
         speed = self.tokens / seconds
         return {
             "step": number, "loss": float(figures["loss"]), "balance_loss": float(figures["balance"]),
             "z_loss": float(figures["z"]), "grad_norm": float(figures["grad_norm"]), "lr": float(figures["lr"]),
+            "bad": int(figures["bad"]), "skipped": int(figures["skipped"]),
             "tokens": number * self.tokens, "tokens_per_s": speed, "step_s": seconds, "mfu": speed * self.utilisation,
+            "wall_s": now - self.began, "goodput": self.productive[number] / (now - self.began),
             "drop_fraction": (figures["dropped"] / choices[:, 0]).tolist(),
             "expert_load": (figures["load"] / choices).tolist()}
-
-

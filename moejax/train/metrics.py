@@ -2,13 +2,14 @@
 
 The training loop writes it, in one process of the run; the report and the tests read it.  `metrics.jsonl` is
 the record and `tensorboard/` only its picture: a resume cuts the record back to the checkpoint's step, so
-that however often a run was killed, the record holds every step exactly once.
+that however often a run was killed, the record is that of a run that was not.
 """
 
 import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,48 @@ FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends records to `run_dir/metrics.jsonl`.  Write a step's record before saving its checkpoint."""
 
-    def __init__(self, run_dir: Path, from_step: int = 0):
-        """Opens the log to go on after `from_step`: what it holds of later steps, or half-written, is dropped."""
+    def __init__(self, run_dir: Path, from_step: int = 0, write: bool = True):
+        """Opens the log to go on after `from_step`: what it holds from later, or half-written, is dropped.
+
+        Args:
+            write: False in the processes of a group that leave it to the first.
+        """
+        self.board = None
+        if not write:
+            return
         board = Path(run_dir) / "tensorboard"
         board.mkdir(parents=True, exist_ok=True)
-        path = Path(run_dir) / FILE
-        if path.exists():
-            cut_back(path, from_step)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = Path(run_dir) / FILE
+        if self.path.exists():
+            cut_back(self.path, from_step)
+        self.waiting = b""  # lines that could not be written yet
         # The library names its files by the second: without the count a quick restart would overwrite one.
         self.board = SummaryWriter(str(board), purge_step=from_step + 1, flush_secs=10,
                                    filename_suffix=f".{len(list(board.iterdir()))}")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Adds the record of `record["step"]`; it is on disk, for any reader, when this returns."""
+    def write(self, record: dict[str, Any]) -> str | None:
+        """Adds the record of `record["step"]`; it is on disk, for any reader, when this returns.
+
+        Returns: what is wrong where it cannot be written, as on a full disk; it is written with a later record then.
+        """
+        if self.board is None:
+            return None
         record = strict(record)
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
-        for tag, value in scalars(record).items():
-            self.board.add_scalar(tag, value, record["step"])
+        self.waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                while self.waiting:
+                    self.waiting = self.waiting[file.write(self.waiting):]
+            for tag, value in scalars(record).items() if "event" not in record else ():
+                self.board.add_scalar(tag, value, record["step"])
+        except OSError as error:
+            return str(error)
+        return None
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        if self.board is not None:
+            with suppress(OSError):
+                self.board.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -54,8 +74,22 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run, [] where there are none yet; a number that was not finite reads None."""
-    return read_lines(Path(run_dir) / FILE)
+    """The records of a run by step, [] where there are none yet; a number that was not finite reads None.
+
+    Of a step that was done again, after the run had gone back to a checkpoint, the last record counts.
+    """
+    last: dict[int, dict[str, Any]] = {}
+    for record in read_lines(Path(run_dir) / FILE):
+        if "event" in record:
+            last = {step: one for step, one in last.items() if step <= record["to"]}
+        else:
+            last[record["step"]] = record
+    return list(last.values())
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """When the run went back to a checkpoint."""
+    return [record for record in read_lines(Path(run_dir) / FILE) if "event" in record]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -73,13 +107,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, last_step: int) -> None:
-    """Rewrites the log without the steps after `last_step` and without torn lines, whole or not at all."""
+    """Rewrites the log up to the last record of `last_step`, without torn lines, whole or not at all."""
+    with path.open(encoding="utf-8", errors="replace") as old:
+        lines = [(record, line.rstrip("\n") + "\n") for line in old if (record := parse(line)) is not None]
+    end = max((i + 1 for i, (record, _) in enumerate(lines)
+               if record.get("step", math.inf) <= last_step and "event" not in record), default=0)
     fresh = path.with_suffix(".tmp")
-    with path.open(encoding="utf-8", errors="replace") as old, fresh.open("w", encoding="utf-8") as new:
-        for line in old:
-            record = parse(line)
-            if record is not None and record.get("step", math.inf) <= last_step:
-                new.write(line.rstrip("\n") + "\n")
+    with fresh.open("w", encoding="utf-8") as new:
+        new.writelines(line for _, line in lines[:end])
         new.flush()
         os.fsync(new.fileno())
     os.replace(fresh, path)

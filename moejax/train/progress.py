@@ -27,12 +27,13 @@ class Progress:
         log_every: steps between plain lines.
         console: where to draw; stderr when None.
         clock: seconds, from any origin.
+        shown: False shows nothing, as in the processes of a group beside the first.
     """
 
     def __init__(self, steps: int, start: int = 0, plain: bool | None = None, log_every: int = 10,
-                 console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+                 console: Console | None = None, clock: Callable[[], float] = time.monotonic, shown: bool = True):
         self.steps, self.start, self.log_every, self.clock = steps, start, log_every, clock
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not shown)
         drawable = self.console.is_terminal and not self.console.is_dumb_terminal
         self.plain = not drawable if plain is None else plain
         self.validation: float | None = None
@@ -67,6 +68,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
+        if self.console.quiet:
+            return
         if self.plain:
             print(text, file=self.console.file, flush=True)
         else:

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moejax.config import Config, ConfigError, from_json
 from moejax.parallel import schedules
-from moejax.train.metrics import FILE, read_lines, read_metrics
+from moejax.train.metrics import FILE, read_events, read_lines, read_metrics
 
 COLOURS = {  # name: (light, dark)
     "ink": ("#1d2330", "#e4e7ee"), "soft": ("#667085", "#98a2b3"), "line": ("#e1e5eb", "#333b49"),
@@ -56,6 +56,7 @@ class Run:
     summary: dict[str, Any]
     samples: list[dict[str, Any]]
     pipeline: dict[str, Any]
+    events: list[dict[str, Any]]
 
     def series(self, key: str) -> np.ndarray:
         """A number per step, nan where a step has none."""
@@ -106,7 +107,7 @@ def read_run(run_dir: Path) -> Run:
     summary, pipeline = (load(path, json.loads) if path.is_file() else {}
                          for path in (run_dir / "summary.json", run_dir / "pipeline.json"))
     return Run(config.name or run_dir.resolve().name, config, config_file.read_text("utf-8"), records, summary,
-               read_lines(run_dir / "samples.jsonl"), pipeline)
+               read_lines(run_dir / "samples.jsonl"), pipeline, read_events(run_dir))
 
 
 def load(path: Path, read: Callable[[str], Any]) -> Any:
@@ -294,6 +295,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("Validation / unigram", f"{validation[0] / unigram:.3f}" if unigram and any(validation) else ""),
             ("Tokens per second, median", large(middle(run.series("tokens_per_s")))),
             ("Model FLOP/s utilisation", "" if mfu is None else f"{mfu:.1%}"),
+            ("Goodput", f"{last['goodput']:.1%}" if last.get("goodput") else ""),
+            ("Steps skipped", f"{last['skipped']:,}" if last.get("skipped") else ""),
+            ("Gone back", ", ".join(f"from step {one['step']:,} to {one['to']:,}" for one in run.events)),
             ("Mesh", " × ".join(f"{axis} {length}" for axis, length in lengths if length > 1) or "one device"),
             ("Parameters", large(run.summary.get("parameters"))),
             ("Active parameters", large(run.summary.get("active_parameters"))),

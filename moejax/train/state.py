@@ -11,12 +11,14 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.model.sharded import Sharded
 from moejax.parallel.axes import further
+from moejax.train.fault import Health
 
 
 class State(NamedTuple):
     step: Array  # steps done, int32
     weights: dict[str, Array]  # with the balancing biases
     optimizer: Any
+    health: Health
 
 
 def optimizer_specs(sharded: Sharded) -> dict[str, P]:
@@ -42,18 +44,21 @@ def shardings(sharded: Sharded, optimizer: optax.GradientTransformation) -> Stat
         return NamedSharding(sharded.mesh, specs[names[-1]] if fits else P())
 
     optimizer_state = jax.tree_util.tree_map_with_path(place, abstract(sharded, optimizer).optimizer)
-    return State(NamedSharding(sharded.mesh, P()), sharded.shardings, optimizer_state)
+    everywhere = NamedSharding(sharded.mesh, P())
+    return State(everywhere, sharded.shardings, optimizer_state, Health(*[everywhere] * len(Health._fields)))
 
 
 def abstract(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sharded.shapes.items()}
     moments = jax.eval_shape(optimizer.init, trained(sharded, weights))
-    return State(jax.ShapeDtypeStruct((), jnp.int32), weights, moments)
+    return State(jax.ShapeDtypeStruct((), jnp.int32), weights, moments, jax.eval_shape(Health.fresh))
 
 
 def fresh(sharded: Sharded, optimizer: optax.GradientTransformation, weights: dict[str, Array] | None = None) -> State:
     """The state before the first step: the config's initial weights, or those given."""
     weights = weights or sharded.init(sharded.config.train.seed)
     place = shardings(sharded, optimizer)
+    step, health = jax.jit(lambda: (jnp.zeros((), jnp.int32), Health.fresh()),
+                           out_shardings=(place.step, place.health))()
     moments = jax.jit(optimizer.init, out_shardings=place.optimizer)(trained(sharded, weights))
-    return State(jax.device_put(jnp.zeros((), jnp.int32), place.step), weights, moments)
+    return State(step, weights, moments, health)

@@ -21,6 +21,7 @@ from moejax.model.transformer import Transformer
 from moejax.parallel import collectives, pipeline, schedules
 from moejax.parallel.axes import BATCH, missing, rows
 from moejax.parallel.schedules import Schedule
+from moejax.train.fault import judge
 from moejax.train.lr import schedule
 from moejax.train.state import State, optimizer_specs, shardings, trained
 
@@ -207,13 +208,21 @@ def make_update(sharded: Sharded, optimizer: optax.GradientTransformation) -> Ca
 
     def update(state: State, gradients: dict[str, Array], figures: Figures) -> tuple[State, dict[str, Array]]:
         norm = optax.tree.norm(gradients)  # of global arrays: every shard counts once
+        bad, health = judge(state.health, figures.loss, norm, config.train.fault)
         if config.optimizer.clip:
             scale = jnp.minimum(1.0, config.optimizer.clip / (norm + 1e-12))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         old = trained(sharded, state.weights)
         updates, moments = optimizer.update(gradients, state.optimizer, old)
-        new = state.weights | optax.apply_updates(old, updates) | balanced(sharded, state.weights, figures.load)
-        return State(state.step + 1, new, moments), figures._asdict() | {"grad_norm": norm, "lr": rate(state.step)}
+        weights = state.weights | optax.apply_updates(old, updates) | balanced(sharded, state.weights, figures.load)
+
+        def unless_bad(new: Array, old: Array) -> Array:
+            # The counts go on: the learning rate is a function of the step.
+            return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(bad, old, new)
+
+        weights, moments = jax.tree.map(unless_bad, (weights, moments), (state.weights, state.optimizer))
+        return State(state.step + 1, weights, moments, health), figures._asdict() | {
+            "grad_norm": norm, "lr": rate(state.step), "bad": health.bad, "skipped": health.skipped}
 
     return update
 

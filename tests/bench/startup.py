@@ -10,20 +10,35 @@ from pathlib import Path
 MOEJAX = [sys.executable, "-m", "moejax.cli"]
 
 
-def until_first_step(folder: Path) -> float:
-    """From the start of the process to the demo's first line in metrics.jsonl."""
+def until_line(command: list[str], metrics: Path, saved: bool = False) -> float:
+    """Seconds from the start of the process to its first line in metrics.jsonl; then it is killed.
+
+    Args:
+        saved: let it write a checkpoint first.
+    """
+    before = lines(metrics)
     begin = time.perf_counter()
-    process = subprocess.Popen([*MOEJAX, "train", "configs/demo.py", f"run_dir={folder}/demo",
-                                f"data.cache={folder}/cache"], stderr=subprocess.DEVNULL)
-    metrics = folder / "demo" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n")):
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while (now := lines(metrics)) <= before or not now:
+        before = min(before, now)  # a resumed run cuts back what was not saved
         if process.poll() is not None:
-            raise RuntimeError("the demo ended before its first step")
+            raise RuntimeError("the run ended before its first step")
         time.sleep(0.05)
     seconds = time.perf_counter() - begin
+    while saved and not any(path.name.isdigit() for path in metrics.parent.glob("checkpoints/*")):
+        time.sleep(0.05)
     process.kill()
     process.wait()
     return seconds
+
+
+def lines(metrics: Path) -> int:
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def until_first_step(folder: Path) -> float:
+    return until_line([*MOEJAX, "train", "configs/demo.py", f"run_dir={folder}/demo", f"data.cache={folder}/cache"],
+                      folder / "demo" / "metrics.jsonl")
 
 
 def whole(*args: str) -> float:

@@ -1,0 +1,129 @@
+"""What lies in the checkpoints of a run, whether it is as it was saved, and how two of them differ."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+
+from moejax import config as configs
+from moejax.config import ConfigError
+from moejax.train.checkpoint import Damaged, folder_of, open_manager, read, read_manifest
+
+AT_ONCE = 1 << 30  # bytes read before they are let go
+
+
+def open_run(run: str) -> ocp.CheckpointManager:
+    """The checkpoints of a run folder, to read.
+
+    Raises:
+        ConfigError: it is none, or holds no checkpoint.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise ConfigError([f"a run folder holds a config.json; {run} has none; give the run_dir of a training run"])
+    folder = folder_of(configs.from_json(path.read_text()), run)
+    manager = open_manager(folder, None) if folder.is_dir() else None
+    if manager is None or not manager.all_steps():
+        raise ConfigError([f"a run folder holds checkpoints; {run} has none; train it first"])
+    return manager
+
+
+def contents(run: str) -> list[dict[str, Any]]:
+    """Step, tokens, arrays, bytes and time of every checkpoint, by their manifests alone, which may be damaged."""
+    manager, rows = open_run(run), []
+    for step in sorted(manager.all_steps()):
+        try:
+            manifest = read_manifest(manager.directory, step)
+        except Damaged as error:
+            rows.append({"step": step, "damaged": str(error)})
+            continue
+        saved = (manager.directory / str(step)).stat().mtime
+        rows.append({"step": step, "tokens": manifest["tokens"], "arrays": len(manifest["arrays"]),
+                     "bytes": sum(bytes_of(one) for one in manifest["arrays"].values()),
+                     "saved": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved))})
+    return rows
+
+
+def verify(run: str) -> dict[int, str]:
+    """What is wrong with every checkpoint of a run, "" where it is as it was saved."""
+    manager, found = open_run(run), {}
+    for step in sorted(manager.all_steps()):
+        try:
+            found[step] = ""
+            for _ in pieces(manager, step, read_manifest(manager.directory, step)["arrays"]):
+                pass
+        except Damaged as error:
+            found[step] = str(error)
+    return found
+
+
+def diff(a: str, b: str) -> dict[str, Any]:
+    """How the arrays of two checkpoints differ, bit by bit: each RUN, its newest step, or RUN@STEP.
+
+    Returns: {"a": RUN@STEP, "b": RUN@STEP, "arrays": number, "differ": {name: what}}.
+    Raises:
+        ConfigError: there is no such checkpoint.
+        Damaged: one of them is not as it was saved.
+    """
+    (first, step_a), (second, step_b) = pick(a), pick(b)
+    arrays, others = (read_manifest(manager.directory, step)["arrays"]
+                      for manager, step in ((first, step_a), (second, step_b)))
+    differ = {name: f"only in {a if name in arrays else b}" for name in sorted(arrays.keys() ^ others.keys())}
+    shared = {}
+    for name in sorted(arrays.keys() & others.keys()):
+        kinds = [f"{one['dtype']}{one['shape']}" for one in (arrays[name], others[name])]
+        if kinds[0] != kinds[1]:
+            differ[name] = f"{kinds[0]} and {kinds[1]}"
+        else:
+            shared[name] = arrays[name]
+    for left, right in zip(pieces(first, step_a, shared), pieces(second, step_b, shared), strict=True):
+        differ |= {name: what for name in left if (what := compare(left[name], right[name]))}
+    return {"a": f"{first.directory}@{step_a}", "b": f"{second.directory}@{step_b}",
+            "arrays": len(arrays.keys() | others.keys()), "differ": differ}
+
+
+def pick(name: str) -> tuple[ocp.CheckpointManager, int]:
+    run, _, step = name.rpartition("@")
+    if not step.isdigit() or Path(name).is_dir():
+        run, step = name, ""
+    manager = open_run(run)
+    steps = sorted(manager.all_steps())
+    if step and int(step) not in steps:
+        raise ConfigError([f"RUN@STEP names a checkpoint; {run} has none of step {step}; "
+                           f"it has steps {', '.join(map(str, steps))}"])
+    return manager, int(step or steps[-1])
+
+
+def pieces(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays, checked, on this host, as many at once as AT_ONCE holds."""
+    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    batch, size = {}, 0
+    for name, one in arrays.items():
+        if batch and size + bytes_of(one) > AT_ONCE:
+            yield jax.device_get(read(manager, step, batch)[0])
+            batch, size = {}, 0
+        batch[name] = jax.ShapeDtypeStruct(tuple(one["shape"]), one["dtype"], sharding=place)
+        size += bytes_of(one)
+    if batch:
+        yield jax.device_get(read(manager, step, batch)[0])
+
+
+def bytes_of(array: dict[str, Any]) -> int:
+    return int(np.prod(array["shape"], dtype=np.int64)) * np.dtype(array["dtype"]).itemsize
+
+
+def compare(a: np.ndarray, b: np.ndarray) -> str:
+    """What differs in words, "" if no bit does."""
+    bits = np.dtype(f"u{a.dtype.itemsize}")
+    other = np.atleast_1d(a).view(bits) != np.atleast_1d(b).view(bits)
+    if not other.any():
+        return ""
+    place = np.unravel_index(int(np.argmax(other)), other.shape)
+    far = np.nanmax(np.abs(np.atleast_1d(a)[other].astype(np.float64) - np.atleast_1d(b)[other].astype(np.float64)))
+    return (f"{other.sum()} of {other.size} entries differ, by at most {far:.3g}; "
+            f"first at {list(map(int, place))}: {np.atleast_1d(a)[place]} and {np.atleast_1d(b)[place]}")
