@@ -12,9 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moejax import config as configs
 from moejax.config import ConfigError
-from moejax.train.checkpoint import Damaged, folder_of, open_manager, read, read_manifest
-
-AT_ONCE = 1 << 30  # bytes read before they are let go
+from moejax.train.checkpoint import Damaged, folder_of, open_manager, portions, read, read_manifest
 
 
 def open_run(run: str) -> ocp.CheckpointManager:
@@ -100,17 +98,12 @@ def pick(name: str) -> tuple[ocp.CheckpointManager, int]:
 
 
 def pieces(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays, checked, on this host, as many at once as AT_ONCE holds."""
+    """The arrays, checked, on this host, a portion at a time."""
     place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    batch, size = {}, 0
-    for name, one in arrays.items():
-        if batch and size + bytes_of(one) > AT_ONCE:
-            yield jax.device_get(read(manager, step, batch)[0])
-            batch, size = {}, 0
-        batch[name] = jax.ShapeDtypeStruct(tuple(one["shape"]), one["dtype"], sharding=place)
-        size += bytes_of(one)
-    if batch:
-        yield jax.device_get(read(manager, step, batch)[0])
+    kinds = {name: jax.ShapeDtypeStruct(tuple(one["shape"]), one["dtype"], sharding=place)
+             for name, one in arrays.items()}
+    for some in portions(kinds):
+        yield jax.device_get(read(manager, step, some)[0])
 
 
 def bytes_of(array: dict[str, Any]) -> int:

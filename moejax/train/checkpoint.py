@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from moejax.train.fault import tell
 from moejax.train.state import State
 
 FILE = "manifest.json"
+AT_ONCE = 1 << 28  # bytes
 ASIDE = "aside"  # the subfolder for checkpoints that a run must not read again
 
 
@@ -132,7 +133,9 @@ def open_manager(folder: epath.Path, rules: configs.Checkpoint | None) -> ocp.Ch
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what fails is told in our own words
     options = ocp.CheckpointManagerOptions(
         max_to_keep=rules and rules.keep, keep_period=(rules and rules.keep_every) or None, create=rules is not None,
-        read_only=rules is None, save_root_metadata=False)
+        read_only=rules is None, save_root_metadata=False,
+        # Otherwise a folder that cannot be made leaves threads that wait for it for minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
     # Random digits do not compress, and trying costs the step its cores.
     handlers = {"arrays": ocp.PyTreeCheckpointHandler(use_compression=False), "manifest": Manifest()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
@@ -154,10 +157,13 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
         raise ConfigError([f"a checkpoint is read by the model that wrote it; step {step} in {manager.directory} is "
                            f"of another: {'; '.join(differ[:3])}{' …' * (len(differ) > 3)}; undo the change of "
                            "the config"])
+    arrays, sums = {}, {}
     try:
-        arrays = manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(
-            targets, ocp.checkpoint_utils.construct_restore_args(targets), partial_restore=True)))["arrays"]
-        found = jax.device_get(checksums(arrays))
+        for some in portions(targets):
+            arrays |= manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(
+                some, ocp.checkpoint_utils.construct_restore_args(some), partial_restore=True)))["arrays"]
+            sums |= checksums({name: arrays[name] for name in some})  # while the next are read
+        found = jax.device_get(sums)
     except Exception as error:
         if isinstance(error, (MemoryError, PermissionError, ConnectionError)) or "out of memory" in str(error).lower():
             raise  # not the fault of what is read
@@ -166,6 +172,19 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
     if wrong:
         raise Damaged(f"{len(wrong)} of its {len(found)} arrays are not as they were saved, first {wrong[0]}")
     return arrays, manifest
+
+
+def portions(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+    """The arrays in order, at most AT_ONCE bytes, or one, at a time."""
+    some, size = {}, 0
+    for name, one in arrays.items():
+        if some and size + one.size * one.dtype.itemsize > AT_ONCE:
+            yield some
+            some, size = {}, 0
+        some[name] = one
+        size += one.size * one.dtype.itemsize
+    if some:
+        yield some
 
 
 def newest_good(manager: ocp.CheckpointManager, targets: dict[str, jax.ShapeDtypeStruct], say: Callable[[str], None],
