@@ -167,6 +167,9 @@ def run() -> int:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and {"train", "verify"} & set(sys.argv[1:2]):
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, "-m", "moejax.cli", *sys.argv[1:]])
+    if "--json" in sys.argv and "MOEJAX_COORDINATOR" in os.environ:  # libraries write to stdout from C++ there
+        sys.stdout = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
     status = main()
     if status and "MOEJAX_COORDINATOR" in os.environ:  # no leave to take from processes that may be dead
         sys.stdout.flush()

@@ -254,7 +254,9 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
                     with jax.named_scope(op):
                         carry |= run(carry, row)
             if "F" in does:
-                done = (carry["dx"], jax.tree.leaves(carry["weights"])[0])
+                # Of the weights' gradients one that varies over no more axes than y does.
+                least = min(jax.tree.leaves(carry["weights"]), key=lambda one: len(collectives.varying(one)))
+                done = (carry["dx"], least)
                 carry["y"] = collectives.pass_on(collectives.after(carry["y"], *done), 1)
             if "B" in does:
                 carry["dx"] = collectives.pass_on(collectives.after(carry["dx"], carry["y"]), -1)

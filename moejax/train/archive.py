@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax import config as configs
 from moejax.config import ConfigError
@@ -99,7 +100,7 @@ def pick(name: str) -> tuple[ocp.CheckpointManager, int]:
 
 def pieces(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
     """The arrays, checked, on this host, a portion at a time."""
-    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    place = NamedSharding(Mesh(jax.local_devices(backend="cpu")[:1], "one"), P())
     kinds = {name: jax.ShapeDtypeStruct(tuple(one["shape"]), one["dtype"], sharding=place)
              for name, one in arrays.items()}
     for some in portions(kinds):

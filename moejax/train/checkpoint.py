@@ -2,7 +2,7 @@
 
 A checkpoint is one flat dict of global arrays, by name, and a manifest: a checksum of every array, where the run was,
 and its config.  Orbax itself does not notice a flipped bit.  The checksum is a sum of integers, so that it is the same
-however an array is split; it is computed on the devices and fetched while the arrays are written.
+however an array is split; it is computed on the devices while the arrays are written.
 """
 
 import json
@@ -12,14 +12,18 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError
@@ -28,7 +32,7 @@ from moejax.parallel import processes
 from moejax.train.fault import tell
 from moejax.train.state import State
 
-FILE = "manifest.json"
+FILE = "process_{}.json"  # of the manifest
 AT_ONCE = 1 << 28  # bytes
 ASIDE = "aside"  # the subfolder for checkpoints that a run must not read again
 
@@ -48,16 +52,50 @@ class SaveFailed(RuntimeError):
     """The last state of a run could not be written."""
 
 
-@jax.jit
-def checksum(x: Array) -> Array:
-    """uint32 of an array's bits and their places; any one changed bit changes it, other damage but for 2^-32."""
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+def checksums(arrays: dict[str, Array]) -> Array:
+    """uint32 [arrays, devices]: what every device's shards add to the checksum of every array.
+
+    The checksum is a sum over the bits of all entries, each mixed with its place.  Any one changed bit changes it,
+    other damage but for a chance of 2^-32.  No device waits for another: a collective beside those of the next step
+    could block both on a CPU.
+    """
+    first = next(iter(arrays.values())).sharding
+    return summing(first.mesh, tuple(x.sharding.spec for x in arrays.values()))(list(arrays.values()))
+
+
+@cache
+def summing(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[Array]], Array]:
+    """jitted: arrays placed so -> what `checksums` gives."""
+
+    def device(arrays: list[Array]) -> Array:
+        return jnp.stack([share(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)])[:, None]
+
+    return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(list(specs),), out_specs=P(None, mesh.axis_names),
+                                 check_vma=False))
+
+
+def share(x: Array, spec: P, mesh: Mesh) -> Array:
+    """What this device's shard adds; of equal copies only the first counts."""
+    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = (x if x.dtype == bool else lax.bitcast_convert_type(x, width)).astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    place, stride, split = jnp.zeros(x.shape, jnp.uint32), 1, set()
     for dim in reversed(range(x.ndim)):
-        place += lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[dim]
-    return jnp.sum(mix(bits ^ mix(place + 1)), dtype=jnp.uint32)
+        names = spec[dim] if dim < len(spec) else None
+        names = () if names is None else (names,) if isinstance(names, str) else names
+        shards, before = math.prod(mesh.shape[name] for name in names), lax.axis_index(names) if names else 0
+        index = lax.broadcasted_iota(jnp.uint32, x.shape, dim) + jnp.uint32(before) * jnp.uint32(x.shape[dim])
+        place += index * jnp.uint32(stride % 2**32)
+        stride *= x.shape[dim] * shards
+        split |= set(names)
+    copies = tuple(name for name in mesh.axis_names if name not in split)
+    counts = lax.axis_index(copies) == 0 if copies else True
+    return jnp.sum(mix(bits ^ mix(place + 1)), dtype=jnp.uint32) * jnp.uint32(counts)
+
+
+def total(sums: Array) -> np.ndarray:
+    """Over all devices, the same in every process."""
+    place = NamedSharding(sums.sharding.mesh, P())
+    return jax.device_get(jax.jit(partial(jnp.sum, axis=1, dtype=jnp.uint32), out_shardings=place)(sums))
 
 
 def mix(x: Array) -> Array:
@@ -67,17 +105,14 @@ def mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-checksums = jax.jit(lambda arrays: {name: checksum(x) for name, x in arrays.items()})
-
-
 class Manifest(ocp.AsyncCheckpointHandler):
-    """Writes a JSON object that is made only when the arrays are being written."""
+    """Writes a JSON object that is made only when the arrays are being written, in every process its own."""
 
     async def async_save(self, directory: Any, args: "SaveManifest") -> list[ocp.future.Future]:
         async def write() -> None:
-            if processes.first():
-                text = json.dumps(args.make(), sort_keys=True)
-                (directory / FILE).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "of": text}))
+            text = json.dumps(args.make(), sort_keys=True)
+            (directory / FILE.format(jax.process_index())).write_text(
+                json.dumps({"crc32": zlib.crc32(text.encode()), "of": text}))
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
@@ -95,9 +130,21 @@ class SaveManifest(ocp.args.CheckpointArgs):
 
 
 def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
-    """Raises Damaged where it is not as it was written."""
+    """What `maker` made, the checksums summed over the processes that wrote.
+
+    Raises:
+        Damaged: it is not as it was written.
+    """
+    whole = read_part(folder, step, 0)
+    for process in range(1, whole["processes"]):
+        for name, one in read_part(folder, step, process)["arrays"].items():
+            whole["arrays"][name]["checksum"] = (whole["arrays"][name]["checksum"] + one["checksum"]) % 2**32
+    return whole
+
+
+def read_part(folder: epath.Path, step: int, process: int) -> dict[str, Any]:
     try:
-        found = json.loads((folder / str(step) / "manifest" / FILE).read_text())
+        found = json.loads((folder / str(step) / "manifest" / FILE.format(process)).read_text())
         made = json.loads(found["of"]) if found["crc32"] == zlib.crc32(found["of"].encode()) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from None
@@ -157,13 +204,13 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
         raise ConfigError([f"a checkpoint is read by the model that wrote it; step {step} in {manager.directory} is "
                            f"of another: {'; '.join(differ[:3])}{' …' * (len(differ) > 3)}; undo the change of "
                            "the config"])
-    arrays, sums = {}, {}
+    arrays, sums = {}, []
     try:
         for some in portions(targets):
             arrays |= manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(
                 some, ocp.checkpoint_utils.construct_restore_args(some), partial_restore=True)))["arrays"]
-            sums |= checksums({name: arrays[name] for name in some})  # while the next are read
-        found = jax.device_get(sums)
+            sums.append(checksums({name: arrays[name] for name in some}))  # while the next are read
+        found = dict(zip(targets, np.concatenate([total(each) for each in sums]), strict=True))
     except Exception as error:
         if isinstance(error, (MemoryError, PermissionError, ConnectionError)) or "out of memory" in str(error).lower():
             raise  # not the fault of what is read
@@ -321,15 +368,16 @@ class Checkpoints:
         self.manager.close()
 
 
-def maker(config: Config, position: Position, arrays: dict[str, Array],
-          sums: dict[str, Array]) -> Callable[[], dict[str, Any]]:
-    """() -> manifest, which waits for the checksums."""
+def maker(config: Config, position: Position, arrays: dict[str, Array], sums: Array) -> Callable[[], dict[str, Any]]:
+    """() -> manifest, which waits for the checksums of this process's shards."""
     kinds = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in arrays.items()}
 
     def make() -> dict[str, Any]:
-        found = jax.device_get(sums)
+        mine = np.sum([np.asarray(shard.data)[:, 0] for shard in sums.addressable_shards], 0, dtype=np.uint32)
+        found = dict(zip(kinds, mine, strict=True))
         return position._asdict() | {
-            "tokens": position.step * config.data.batch * config.data.sequence, "rng": random_kind(config),
+            "processes": jax.process_count(), "tokens": position.step * config.data.batch * config.data.sequence,
+            "rng": random_kind(config),
             "config": json.loads(configs.to_json(config)),
             "arrays": {name: kind | {"checksum": int(found[name])} for name, kind in kinds.items()}}
 

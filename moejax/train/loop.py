@@ -139,14 +139,15 @@ def train(config: Config) -> dict[str, Any]:
             checkpoints.check(number)
         if signal:
             progress.say(f"stopped by {signal} after step {position.step}; the same command goes on from there")
-            return record | {"stopped": signal}
-        if meter.first:
+            record |= {"stopped": signal}
+        elif meter.first:
             progress.say(f"{run_dir} has done {position.step} of {last} steps already; "
                          "set train.steps higher to go on")
         elif sharded.stages:
             progress.say("timing the pipeline with and without its idle ticks")
             found = bubble(sharded, schedule, state.weights, batch)
             put(run_dir / "pipeline.json", json.dumps(found))
+    processes.barrier("done")  # one that ends long before the others counts as dead
     return record
 
 
