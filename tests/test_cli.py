@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,29 @@ def test_a_run_that_fails_exits_with_1(folder, capfd, monkeypatch):
     assert capfd.readouterr() == ("", "moejax train: loss and gradient norm must be finite\n")
 
 
+def test_a_run_that_is_stopped_is_no_failure(folder, capfd, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda config: {"step": 3, "stopped": "SIGTERM"})
+    assert main(["train", str(folder / "mine.py"), "--json", "run_dir=a"]) == 0
+    assert json.loads(capfd.readouterr().out) == {"run_dir": "a", "step": 3, "stopped": "SIGTERM"}
+
+
+def test_the_processes_of_a_group_are_options_too(folder, capfd, monkeypatch, tmp_path):
+    given = {"MOEJAX_COORDINATOR": "host:1234", "MOEJAX_PROCESSES": "2", "MOEJAX_PROCESS": "0"}
+    for name in given:
+        monkeypatch.setenv(name, "")  # and it is so again after the test
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", lambda config: {name: os.environ[name] for name in given})
+        command = ["train", str(folder / "mine.py"), "--json", "run_dir=a"]
+        assert main([*command, "--coordinator", "host:1234", "--processes", "2", "--process", "0"]) == 0
+        assert json.loads(capfd.readouterr().out) == {"run_dir": "a"} | given
+        assert main([*command, "--process", "1"]) == 0  # the rest as the environment has it
+        assert json.loads(capfd.readouterr().out)["MOEJAX_PROCESS"] == "1" and os.environ["MOEJAX_PROCESSES"] == "2"
+    monkeypatch.setenv("MOEJAX_COORDINATOR", "")
+    err = refused(capfd, "train", str(folder / "mine.py"), f"run_dir={tmp_path / 'run'}", "--process", "2")
+    assert err.startswith("moejax train: 2 problems\n  - a group of processes needs MOEJAX_COORDINATOR, ")
+    assert "MOEJAX_PROCESS must lie below MOEJAX_PROCESSES; got 2 and 2; " in err
+
+
 def test_an_error_that_is_not_ours_is_not_hidden(folder, monkeypatch):
     def fail(config):
         raise RuntimeError("out of memory")
@@ -170,6 +195,9 @@ def test_report_writes_a_page(trained, capfd, tmp_path):
     (["train", "mine.py", "--fast"], "unrecognized arguments: --fast"),
     (["train", "mine.py", "--fast", "a=b"], "unrecognized arguments: --fast"),
     (["report", "runs/x", "a=b"], "unrecognized arguments: a=b"),
+    (["train", "mine.py", "--processes"], "argument --processes: expected one argument\n"),
+    (["checkpoint", "list"], "the following arguments are required: RUN\n"),
+    (["checkpoint", "diff", "runs/x", "runs/y", "runs/z"], "unrecognized arguments: runs/z"),
     (["generate", "runs/x", "a", "--seed", "one"], "argument --seed: invalid int value: 'one'")])
 def test_usage(arguments, message, capfd):
     with pytest.raises(SystemExit) as error:
@@ -184,7 +212,7 @@ def test_help_names_every_command(capfd):
         main(["--help"])
     assert error.value.code == 0
     out = capfd.readouterr().out
-    assert all(f"\n    {name} " in out for name in ("train", "verify", "generate", "report"))
+    assert all(re.search(rf"\n    {name}\s", out) for name in ("train", "verify", "generate", "report", "checkpoint"))
 
 
 def test_a_run_in_python(trained, texts):

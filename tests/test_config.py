@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 
 from moejax import config as configs
-from moejax.config import Checkpoint, Config, ConfigError, Data, Mesh, Model, MoE, Optimizer, Train, load_config
+from moejax.config import Checkpoint, Config, ConfigError, Data, Fault, Mesh, Model, MoE, Optimizer, Train, load_config
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 FIELDS = dict(configs.leaves(Config()))
@@ -63,6 +63,7 @@ def wrong_of(path: Path) -> list[str]:
     ("data.sources=a", ("a",)), ("data.sources=a.txt,b/*.jsonl", ("a.txt", "b/*.jsonl")), ("data.sources=", ()),
     ("model.moe.group=64", 64), ("model.moe.group=none", None), ("model.moe.capacity_factor=None", None),
     ("model.moe.capacity_factor=null", None), ("model.moe.eval_capacity_factor=1.5", 1.5),
+    ("train.fault.loss_spike=none", None), ("train.fault.norm_spike=3", 3.0), ("checkpoint.folder=gs://a/b", "gs://a/b"),
     ("run_dir=a=b", "a=b"), ("name=größe 模型", "größe 模型"), ("run_dir=", "")])
 def test_a_value_is_read_by_its_annotation(text, expected):
     got = value(text)
@@ -107,7 +108,9 @@ def test_a_key_near_nothing_lists_the_fields(key):
 
 
 def test_a_group_of_fields_is_not_a_field():
-    assert problem("checkpoint=3") == "checkpoint is a group of fields; set one of checkpoint.every, checkpoint.keep"
+    assert problem("checkpoint=3") == ("checkpoint is a group of fields; set one of checkpoint.every, checkpoint.keep, "
+                                       "checkpoint.keep_every, checkpoint.folder")
+    assert problem("train.fault=3").startswith("train.fault is a group of fields; set one of train.fault.loss_spike, ")
     assert problem("model.moe=").startswith("model.moe is a group of fields; set one of model.moe.experts, model.moe.a")
 
 
@@ -129,6 +132,11 @@ def test_an_override_has_an_equals_sign(text):
     ("optimizer.eps=0", "optimizer.eps must be above 0; got 0.0"),
     ("model.rope_theta=0", "model.rope_theta must be above 0; got 0.0"),
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor must be above 0; got 0.0"),
+    *[(f"train.fault.{field}=0", f"train.fault.{field} must be above 0; got {zero}")
+      for field, zero in (("loss_spike", "0.0"), ("norm_spike", "0.0"), ("limit", "0; set it to 1 or more"),
+                          ("stall", "0.0"), ("heartbeat", "0; set it to 1 or more"))],
+    ("checkpoint.keep=0", "checkpoint.keep must be above 0; got 0; set it to 1 or more"),
+    ("checkpoint.keep_every=-1", "checkpoint.keep_every must not be negative; got -1"),
     ("data.seed=-1", "data.seed must not be negative; got -1"),
     ("optimizer.clip=-0.5", "optimizer.clip must not be negative; got -0.5"),
     ("data.validation=1.5", "data.validation must lie between 0 and 1; got 1.5"),
@@ -366,16 +374,17 @@ def test_configs_are_values():
 
 def test_under_a_hundred_fields():
     assert len(FIELDS) < 100
-    groups = (Model, MoE, Mesh, Data, Optimizer, Train, Checkpoint)
-    # name and run_dir, and all of the groups but Model's own moe
-    assert len(FIELDS) == 2 + sum(len(dataclasses.fields(group)) for group in groups) - 1
+    groups = (Model, MoE, Mesh, Data, Optimizer, Train, Fault, Checkpoint)
+    # name and run_dir, and all of the groups but Model's own moe and Train's own fault
+    assert len(FIELDS) == 2 + sum(len(dataclasses.fields(group)) for group in groups) - 2
 
 
 def test_json_and_back():
     rare = Config(
         name="größe", run_dir='a "b"\n', model=Model(pattern="DM", moe=MoE(group=32, capacity_factor=None)),
         mesh=Mesh(tensor=2, zero1=True), data=Data(sources=("a", "b,c"), validation=0.0),
-        optimizer=Optimizer(lr=0.1 + 0.2, eps=1e-12), train=Train(compute="bfloat16"))
+        optimizer=Optimizer(lr=0.1 + 0.2, eps=1e-12),
+        train=Train(compute="bfloat16", fault=Fault(loss_spike=None, limit=3)))
     for config in (Config(), rare, *(load_config(path) for path in FILES)):
         assert configs.from_json(configs.to_json(config)) == config
     assert configs.from_json("{}") == Config()  # a field that a later version adds has its default

@@ -96,7 +96,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(mesh, schedule, uneven)
     ("mesh.pipeline=4", "mesh.tensor=2", "train.remat=dots", "mesh.schedule=zero_bubble"),
     ("mesh.pipeline=2", "mesh.fsdp=2", "train.remat=none", "mesh.schedule=interleaved", "mesh.chunks=2"),
     ("mesh.pipeline=4", "mesh.tensor=2", "mesh.sequence=true", "mesh.stage_layers=1,3,2,2"),
-    ("mesh.pipeline=2", "mesh.data=2", "mesh.tensor=2", "mesh.zero1=true"),
+    ("mesh.pipeline=2", "mesh.data=2", "mesh.tensor=2", "mesh.zero1=true", "model.kv_heads=2"),
     ("mesh.pipeline=2", "model.pattern=DDDDMMMM", "model.tied=true"),  # one stage without experts
     ("mesh.pipeline=4", "model.pattern=DDDDDDDD", "mesh.stage_layers=1,1,3,3"),  # no experts at all
     ("mesh.pipeline=3", "model.pattern=DMM", "mesh.schedule=zero_bubble"),  # stages that differ in their layers

@@ -64,6 +64,26 @@ def test_remaining_time_follows_the_latest_steps_and_a_resume(pipe):
     assert [line.split()[1] for line in lines(pipe)] == ["501/1000"]
 
 
+def test_remaining_time_after_going_back(pipe):
+    """What was done twice does not count as slow."""
+    clock = Clock()
+    with Progress(100, 0, log_every=10_000, console=pipe, clock=clock) as progress:
+        for step in [*range(1, 51), *range(31, 41)]:
+            clock.now += 2
+            progress.update(record(step))
+            assert progress.remaining() == (None if clock.now in (2, 102) else pytest.approx(2 * (100 - step)))
+
+
+def test_the_other_processes_of_a_group_show_nothing(monkeypatch, capsys):
+    for terminal in ("0", "1"):
+        monkeypatch.setenv("FORCE_COLOR", terminal)
+        with Progress(2, 0, plain=terminal == "0", shown=False) as progress:
+            progress.update(record(1))
+            progress.say("one line")
+            progress.update(record(2))
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_loss_that_is_not_finite_is_shown(pipe):
     with Progress(2, 0, console=pipe) as progress:
         progress.update(record(1, loss=None))

@@ -164,6 +164,26 @@ def test_a_diverged_run_says_so(tmp_path):
     assert page.facts["Final training loss"] == page.facts["Validation loss"] == "not finite"
 
 
+def test_what_a_run_skipped_and_where_it_went_back(tmp_path):
+    """Of steps done again the last record counts, and those not done again yet do not."""
+    run_dir = a_run(tmp_path, change=lambda record: record | {
+        "bad": int(record["step"] > 4), "skipped": max(record["step"] - 4, 0), "goodput": 0.875 - record["step"] / 100})
+    assert facts(run_dir)["Steps skipped"] == "2" and facts(run_dir)["Goodput"] == "81.5%"
+    assert "Gone back" not in facts(run_dir)
+    log = run_dir / "metrics.jsonl"
+    sixth = log.read_text().splitlines()[-1]
+    with log.open("a") as file:
+        file.write('{"event": "rewind", "step": 6, "to": 4, "offset": 2}\n')
+    assert facts(run_dir)["Steps"] == "4 of 10" and facts(run_dir)["Gone back"] == "from step 6 to 4"
+    assert "Steps skipped" not in facts(run_dir)  # the health at step 4 counts none
+    with log.open("a") as file:
+        file.write('{"step": 5, "loss": 3.0, "skipped": 0}\n{"event": "rewind", "step": 1005, "to": 4, "offset": 3}\n'
+                   + sixth.replace('"step": 6', '"step": 5') + "\n")
+    page = read(run_dir)
+    assert page.facts["Gone back"] == "from step 6 to 4, from step 1,005 to 4" and page.facts["Steps"] == "5 of 10"
+    assert page.facts["Steps skipped"] == "2" and page.facts["Final training loss"].startswith("0.6667 nats")
+
+
 def test_a_run_that_was_never_finite(tmp_path):
     page = read(a_run(tmp_path, change=lambda record: {
         key: None if isinstance(value, float) else value for key, value in record.items()}))

@@ -37,14 +37,15 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-def begin(home: Path, run: str, *more: str) -> subprocess.Popen:
-    """`moejax train` in a process of its own, as a user would."""
+def begin(home: Path, run: str, *more: str, processes: int = 1) -> subprocess.Popen:
+    """`moejax train` in a process of its own, or launch/local.py with several, as a user would."""
     words = ["model.d_model=16", "model.heads=2", "model.head_dim=8", "model.moe.hidden=16", "model.moe.router=sigmoid",
              "data.sequence=16", "data.validation=0.3", f"data.sources={home / 'text'}", f"data.cache={home / 'cache'}",
              f"train.steps={STEPS}", "train.eval_every=20", f"checkpoint.every={EVERY}", f"run_dir={home / run}"]
+    start = ["-m", "moejax.cli", "train"] if processes == 1 else ["launch/local.py", "-n", str(processes)]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX_"))}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(home / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return subprocess.Popen([sys.executable, "-m", "moejax.cli", "train", "configs/tiny.py", *words, *more], env=env,
+    return subprocess.Popen([sys.executable, *start, "configs/tiny.py", *words, *more], env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -52,6 +53,12 @@ def end(process: subprocess.Popen, status: int = 0) -> str:
     output = process.communicate(timeout=120)[0]
     assert process.returncode == status, output
     return output
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < step:
+        time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[0]
 
 
 def numbers(run_dir: Path) -> list[dict]:
@@ -103,9 +110,7 @@ def test_killed_at_any_moment(home, whole, seconds, kills, seed):
 def test_a_signal_ends_a_run_with_a_checkpoint(home, whole, number):
     run = home / number.name
     process = begin(home, run.name)
-    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 5:
-        time.sleep(0.02)
-        assert process.poll() is None
+    wait_for_step(process, run, 5)
     began = time.monotonic()
     process.send_signal(number)
     output = end(process)
@@ -115,6 +120,20 @@ def test_a_signal_ends_a_run_with_a_checkpoint(home, whole, number):
     assert max(row["step"] for row in archive.contents(str(run))) == last
     assert f"resumed after step {last}" in end(begin(home, run.name))
     assert_same_end(run, whole)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_one_of_several_processes_dies(home, processes):
+    """The others end, all are started again, and nothing shows it afterwards but the clock."""
+    mesh = [f"mesh.data={processes}", f"mesh.fake_devices={processes}", "train.fault.heartbeat=10"]
+    end(begin(home, f"calm{processes}", *mesh, processes=processes))
+    run = home / f"lost{processes}"
+    process = begin(home, run.name, *mesh, processes=processes)
+    wait_for_step(process, run, 10)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
+    assert "was killed by SIGKILL" in (output := end(process)) and "resumed after step" in output, output
+    assert_same_end(run, home / f"calm{processes}")
 
 
 @pytest.fixture
@@ -132,9 +151,7 @@ def test_a_full_disk_does_not_end_a_run(home, whole, small_disk):
     """It fills up after some steps, with nothing left for checkpoints and records, and is freed later."""
     run = small_disk / "run"
     process = begin(home, run.name, f"run_dir={run}", "checkpoint.every=1")
-    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 5:
-        time.sleep(0.02)
-        assert process.poll() is None
+    wait_for_step(process, run, 5)
     filler = small_disk / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
