@@ -8,16 +8,20 @@ that however often a run was killed, the record is that of a run that was not.
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from moejax.config import ConfigError
 
 FILE = "metrics.jsonl"
+FLUSH = 10  # seconds between looks that TensorBoard may take
 
 
 class MetricsLog:
@@ -29,25 +33,29 @@ class MetricsLog:
         Args:
             write: False in the processes of a group that leave it to the first.
         """
-        self.board = None
+        self.path = Path(run_dir) / FILE if write else None
         if not write:
             return
-        board = Path(run_dir) / "tensorboard"
-        board.mkdir(parents=True, exist_ok=True)
-        self.path = Path(run_dir) / FILE
+        self.pictures = Path(run_dir) / "tensorboard"
+        self.pictures.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             cut_back(self.path, from_step)
         self.waiting = b""  # lines that could not be written yet
+        self.begin_board(from_step + 1)
+
+    def begin_board(self, step: int) -> None:
+        """A new file of events, which hides those of `step` and later in the older ones."""
         # The library names its files by the second: without the count a quick restart would overwrite one.
-        self.board = SummaryWriter(str(board), purge_step=from_step + 1, flush_secs=10,
-                                   filename_suffix=f".{len(list(board.iterdir()))}")
+        self.board = EventsWriter(str(self.pictures / "events"), f".{len(list(self.pictures.iterdir()))}")
+        self.board.write_event(Event(step=step, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+        self.flushed = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> str | None:
         """Adds the record of `record["step"]`; it is on disk, for any reader, when this returns.
 
         Returns: what is wrong where it cannot be written, as on a full disk; it is written with a later record then.
         """
-        if self.board is None:
+        if self.path is None:
             return None
         record = strict(record)
         self.waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -55,14 +63,28 @@ class MetricsLog:
             with self.path.open("ab", buffering=0) as file:
                 while self.waiting:
                     self.waiting = self.waiting[file.write(self.waiting):]
-            for tag, value in scalars(record).items() if "event" not in record else ():
-                self.board.add_scalar(tag, value, record["step"])
+            if "event" not in record:
+                self.draw(record)
         except OSError as error:
             return str(error)
         return None
 
+    def draw(self, record: dict[str, Any]) -> None:
+        """To TensorBoard; after a failure into a new file."""
+        try:
+            if self.board is None:
+                self.begin_board(record["step"])
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
+            self.board.write_event(Event(step=record["step"], wall_time=time.time(), summary=Summary(value=values)))
+            if time.monotonic() - self.flushed > FLUSH:
+                self.board.flush()
+                self.flushed = time.monotonic()
+        except OSError:
+            self.board = None
+            raise
+
     def close(self) -> None:
-        if self.board is not None:
+        if self.path is not None and self.board is not None:
             with suppress(OSError):
                 self.board.close()
 
