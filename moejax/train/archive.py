@@ -70,7 +70,7 @@ def diff(a: str, b: str) -> dict[str, Any]:
         Damaged: one of them is not as it was saved.
     """
     (first, step_a), (second, step_b) = pick(a), pick(b)
-    arrays, others = (read_manifest(manager.directory, step)["arrays"]
+    arrays, others = ({name: one for part in sound(manager, step, None) for name, one in part.items()}
                       for manager, step in ((first, step_a), (second, step_b)))
     differ = {name: f"only in {a if name in arrays else b}" for name in sorted(arrays.keys() ^ others.keys())}
     shared = {}
@@ -80,7 +80,7 @@ def diff(a: str, b: str) -> dict[str, Any]:
             differ[name] = f"{kinds[0]} and {kinds[1]}"
         else:
             shared[name] = arrays[name]
-    for left, right in zip(pieces(first, step_a, shared), pieces(second, step_b, shared), strict=True):
+    for left, right in zip(sound(first, step_a, shared), sound(second, step_b, shared), strict=True):
         differ |= {name: what for name in left if (what := compare(left[name], right[name]))}
     return {"a": f"{first.directory}@{step_a}", "b": f"{second.directory}@{step_b}",
             "arrays": len(arrays.keys() | others.keys()), "differ": differ}
@@ -107,6 +107,17 @@ def pieces(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any]) ->
         yield jax.device_get(read(manager, step, some)[0])
 
 
+def sound(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """`pieces`, or without arrays what the manifest says of them; damage is told with its place."""
+    try:
+        if arrays is None:
+            yield read_manifest(manager.directory, step)["arrays"]
+        else:
+            yield from pieces(manager, step, arrays)
+    except Damaged as error:
+        raise Damaged(f"step {step} in {manager.directory} is damaged: {error}") from None
+
+
 def bytes_of(array: dict[str, Any]) -> int:
     return int(np.prod(array["shape"], dtype=np.int64)) * np.dtype(array["dtype"]).itemsize
 
@@ -118,6 +129,8 @@ def compare(a: np.ndarray, b: np.ndarray) -> str:
     if not other.any():
         return ""
     place = np.unravel_index(int(np.argmax(other)), other.shape)
-    far = np.nanmax(np.abs(np.atleast_1d(a)[other].astype(np.float64) - np.atleast_1d(b)[other].astype(np.float64)))
-    return (f"{other.sum()} of {other.size} entries differ, by at most {far:.3g}; "
+    with np.errstate(invalid="ignore"):
+        far = np.abs(np.atleast_1d(a)[other].astype(np.float64) - np.atleast_1d(b)[other].astype(np.float64))
+    far = np.max(far[~np.isnan(far)], initial=-np.inf)
+    return (f"{other.sum()} of {other.size} entries differ, by at most {far if far >= 0 else np.nan:.3g}; "
             f"first at {list(map(int, place))}: {np.atleast_1d(a)[place]} and {np.atleast_1d(b)[place]}")

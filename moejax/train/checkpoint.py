@@ -11,6 +11,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -267,7 +268,8 @@ class Checkpoints:
 
     def open(self) -> None:
         for half in self.folder.glob("*.orbax-checkpoint-tmp") if processes.first() else ():
-            half.rmtree(missing_ok=True)  # of a save that was cut off; it may be what fills the disk
+            with suppress(OSError):  # as its threads may still write
+                half.rmtree(missing_ok=True)  # of a save that was cut off; it may be what fills the disk
         self.manager = open_manager(self.folder, self.config.checkpoint)
 
     def newest(self) -> int | None:
@@ -282,6 +284,8 @@ class Checkpoints:
         make = maker(self.config, position, arrays, checksums(arrays))  # which the devices compute meanwhile
         try:
             self.settle()
+            if self.patience:
+                self.open()  # what is there now
             self.saving = position.step
             self.manager.save(position.step, force=True, args=ocp.args.Composite(
                 arrays=ocp.args.PyTreeSave(arrays), manifest=SaveManifest(make)))
@@ -337,6 +341,10 @@ class Checkpoints:
         """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""
         targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for (name, leaf), sharding in
                    zip(named(abstract), jax.tree.leaves(place), strict=True) if name != "step"}
+        try:
+            self.settle()
+        except Exception as error:
+            self.failed(error, 0)
         found = newest_good(self.manager, targets, self.say, before)
         if found is None:
             return None
