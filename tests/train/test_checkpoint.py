@@ -551,7 +551,10 @@ def test_other_random_numbers(run):
     other = replace(CONFIG, train=Train(seed=1))
     with opened(run, config=other) as checkpoints, pytest.raises(ConfigError, match=r"'seed': 0.* has .*'seed': 1"):
         checkpoints.restore(*layout("one"))
-    assert steps_in(run) == ["2", "4"]
+    flip(run / "checkpoints" / "4")
+    with opened(run, config=other) as checkpoints, pytest.raises(ConfigError, match="the same random numbers"):
+        checkpoints.restore(*layout("one"))
+    assert steps_in(run) == ["2", "4"]  # what is refused changes nothing
 
 
 # Saves that fail
@@ -669,6 +672,31 @@ def test_a_failure_in_the_background_is_told_by_the_step_that_notices(run, monke
         assert said == ["the checkpoint of step 6 could not be saved ([Errno 28] No space left on device); the last "
                         "good one is of step 4; trying again"]
         assert steps_in(run) == ["2", "4"] and not checkpoints.due(7) and checkpoints.due(8)
+
+
+def test_a_folder_that_cannot_even_be_looked_at_for_a_while(run, monkeypatch):
+    said = []
+    with opened(run, said.append) as checkpoints:
+        monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", broken)
+        monkeypatch.setattr(checkpoint, "open_manager", broken)
+        for step in (6, 7):
+            checkpoints.save(state_of(step), Position(step, 0))
+        monkeypatch.undo()
+        assert checkpoints.due(9)
+        checkpoints.save(state_of(9), Position(9, 0))
+    assert [line.split(" could")[0] for line in said] == ["the checkpoint of step 6", "the checkpoint of step 7"]
+    assert steps_in(run) == ["4", "9"]
+
+
+def test_a_failure_at_the_end_is_told_once(run, monkeypatch):
+    """As when the run ends for another reason, which must not be hidden."""
+    said = []
+    monkeypatch.setattr(checkpoint, "maker", lambda *args: broken)
+    with pytest.raises(ZeroDivisionError), opened(run, said.append) as checkpoints:
+        checkpoints.save(state_of(6), Position(6, 0))
+        raise ZeroDivisionError
+    assert said == ["the last checkpoint could not be saved ([Errno 28] No space left on device)"]
+    assert steps_in(run)[:2] == ["2", "4"] and "6" not in steps_in(run)
 
 
 def test_the_last_state_is_worth_several_attempts(run, monkeypatch):
