@@ -170,6 +170,8 @@ def run() -> int:
     if "--json" in sys.argv and "MOEJAX_COORDINATOR" in os.environ:  # libraries write to stdout from C++ there
         sys.stdout = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
+    hook = sys.unraisablehook  # Orbax closes a loop in which TensorStore's failures still arrive
+    sys.unraisablehook = lambda found: "Event loop is closed" in str(found.exc_value) or hook(found)
     status = main()
     if status and "MOEJAX_COORDINATOR" in os.environ:  # no leave to take from processes that may be dead
         sys.stdout.flush()

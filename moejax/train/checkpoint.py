@@ -38,6 +38,11 @@ AT_ONCE = 1 << 28  # bytes
 ASIDE = "aside"  # the subfolder for checkpoints that a run must not read again
 
 
+# What may differ between a run and the config that resumes it: nothing of it changes what is learned.
+FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbatches", "train.remat", "train.eval_",
+        "train.log_every", "train.fault.", "checkpoint.", "model.moe.dispatcher")
+
+
 class Position(NamedTuple):
     """Where a run is, beside its arrays."""
 
@@ -93,10 +98,10 @@ def share(x: Array, spec: P, mesh: Mesh) -> Array:
     return jnp.sum(mix(bits ^ mix(place + 1)), dtype=jnp.uint32) * jnp.uint32(counts)
 
 
-def total(sums: Array) -> np.ndarray:
-    """Over all devices, the same in every process."""
-    place = NamedSharding(sums.sharding.mesh, P())
-    return jax.device_get(jax.jit(partial(jnp.sum, axis=1, dtype=jnp.uint32), out_shardings=place)(sums))
+@cache
+def adding(mesh: Mesh) -> Callable[[Array], Array]:
+    """jitted: what `checksums` gives -> uint32 [arrays], the same in every process."""
+    return jax.jit(partial(jnp.sum, axis=1, dtype=jnp.uint32), out_shardings=NamedSharding(mesh, P()))
 
 
 def mix(x: Array) -> Array:
@@ -164,6 +169,13 @@ def named(state: State) -> list[tuple[str, Any]]:
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
 
 
+def differences(there: Config, here: Config) -> list[str]:
+    """What makes two configs learn something else, in words."""
+    old, new = dict(configs.leaves(there)), dict(configs.leaves(here))
+    return [f"{name} is {old[name][1]!r} there and {new[name][1]!r} here" for name in new
+            if old[name][1] != new[name][1] and not name.startswith(FREE)]
+
+
 def folder_of(config: Config, run_dir: str | Path) -> epath.Path:
     """Where the checkpoints of a run lie.  Raises ConfigError where a library for such paths is missing."""
     folder = epath.Path(config.checkpoint.folder or Path(run_dir).absolute() / "checkpoints")
@@ -184,8 +196,12 @@ def open_manager(folder: epath.Path, rules: configs.Checkpoint | None) -> ocp.Ch
         read_only=rules is None, save_root_metadata=False,
         # Otherwise a folder that cannot be made leaves threads that wait for it for minutes.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False))
+    # The copies of an array share the writing where that is worth the cut.
+    types = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)))
     # Random digits do not compress, and trying costs the step its cores.
-    handlers = {"arrays": ocp.PyTreeCheckpointHandler(use_compression=False), "manifest": Manifest()}
+    arrays = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=types)
+    handlers = {"arrays": arrays, "manifest": Manifest()}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
@@ -211,11 +227,12 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
             arrays |= manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(
                 some, ocp.checkpoint_utils.construct_restore_args(some), partial_restore=True)))["arrays"]
             sums.append(checksums({name: arrays[name] for name in some}))  # while the next are read
-        found = dict(zip(targets, np.concatenate([total(each) for each in sums]), strict=True))
+        found = dict(zip(targets, np.concatenate([adding(each.sharding.mesh)(each) for each in sums]), strict=True))
     except Exception as error:
         if isinstance(error, (MemoryError, PermissionError, ConnectionError)) or "out of memory" in str(error).lower():
             raise  # not the fault of what is read
-        raise Damaged(f"it cannot be read ({type(error).__name__}: {first_line(error)})") from None
+        told = first_line(error).partition(" See full")[0]
+        raise Damaged(f"it cannot be read ({type(error).__name__}: {told})") from None
     wrong = [name for name in found if int(found[name]) != manifest["arrays"][name]["checksum"]]
     if wrong:
         raise Damaged(f"{len(wrong)} of its {len(found)} arrays are not as they were saved, first {wrong[0]}")
@@ -302,8 +319,8 @@ class Checkpoints:
 
     def settle(self) -> None:
         """Wait for what is being written; its errors come out here."""
-        self.manager.wait_until_finished()
-        if self.saving is not None:
+        if self.saving is not None:  # the manager of a save that has failed repeats its error
+            self.manager.wait_until_finished()
             self.saving, self.patience = None, 0
 
     def failed(self, error: Exception, step: int) -> None:
@@ -313,9 +330,13 @@ class Checkpoints:
         self.again = step + self.patience
         what = f"the checkpoint of step {which or step} could not be saved ({first_line(error)})"
         if jax.process_count() > 1:
-            raise SaveFailed(f"{what}; the last good one is of step {self.newest()}")
-        self.open()
-        self.say(f"{what}; the last good one is of step {self.newest()}; trying again")
+            raise SaveFailed(f"{what}; {self.last()}")
+        with suppress(OSError):
+            self.open()
+        self.say(f"{what}; {self.last()}; trying again")
+
+    def last(self) -> str:
+        return f"the last good one is of step {self.newest()}" if self.newest() else "there is none before it"
 
     def finish(self, state: State, position: Position) -> None:
         """Write the last state, and wait until it is there.
@@ -334,8 +355,8 @@ class Checkpoints:
                 self.failed(error, position.step)
             if self.newest() == position.step:
                 return
-        raise SaveFailed(f"the state after step {position.step} could not be saved; the last good checkpoint is of "
-                         f"step {self.newest()}; make room in {self.folder} and start the run again")
+        raise SaveFailed(f"the checkpoint of step {position.step}, the last, could not be saved; {self.last()}; "
+                         f"make room in {self.folder} and start the run again")
 
     def restore(self, abstract: State, place: State, before: float = math.inf) -> tuple[State, Position] | None:
         """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""
@@ -349,10 +370,14 @@ class Checkpoints:
         if found is None:
             return None
         step, arrays, manifest = found
+        check_random(self.config, manifest)
+        differ = differences(configs.from_json(json.dumps(manifest["config"])), self.config)
+        if differ:
+            raise ConfigError([f"a run goes on from its own checkpoints; those in {self.folder} are of another config "
+                               f"({'; '.join(differ)}); set checkpoint.folder to another, or undo the difference"])
         newer = [other for other in self.manager.all_steps() if other > step]
         if newer:
             self.set_aside(newer)
-        check_random(self.config, manifest)
         counted = jax.jit(lambda: jnp.int32(step), out_shardings=place.step)()
         leaves = [counted if name == "step" else arrays[name] for name, _ in named(abstract)]
         return (jax.tree.unflatten(jax.tree.structure(abstract), leaves),
@@ -373,7 +398,8 @@ class Checkpoints:
             self.settle()
         except Exception as error:
             self.say(f"the last checkpoint could not be saved ({first_line(error)})")
-        self.manager.close()
+        with suppress(Exception):  # told already
+            self.manager.close()
 
 
 def maker(config: Config, position: Position, arrays: dict[str, Array], sums: Array) -> Callable[[], dict[str, Any]]:

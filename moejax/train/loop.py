@@ -29,7 +29,7 @@ from moejax.parallel import mesh as meshes
 from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
-from moejax.train.checkpoint import Checkpoints, Position, first_line
+from moejax.train.checkpoint import Checkpoints, Position, differences, first_line
 from moejax.train.evaluate import validation_loss
 from moejax.train.fault import Stop, Watchdog, tell
 from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
@@ -38,9 +38,6 @@ from moejax.train.progress import Progress
 from moejax.train.state import State
 from moejax.train.step import make_evaluation, make_gradients, make_step
 
-# What may differ between a run folder and the config that resumes it: nothing of it changes what is learned.
-FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbatches", "train.remat", "train.eval_",
-        "train.log_every", "train.fault.", "checkpoint.", "model.moe.dispatcher")
 TEMPORARY = "config.json.tmp"
 REWINDS = 3  # to the same checkpoint
 
@@ -68,7 +65,7 @@ def train(config: Config) -> dict[str, Any]:
     schedule = schedules.make(config)
     run_dir = claim(config)
     meshes.start(config.mesh, config.train.fault.heartbeat)
-    with Stop() as stop, Watchdog(config.train.fault.stall) as watchdog, ExitStack() as stack:
+    with Watchdog(config.train.fault.stall) as watchdog, Stop() as stop, ExitStack() as stack:
         # Build
         corpus = shared_corpus(config)
         sharded = Sharded(config, meshes.make_mesh(config.mesh))
@@ -96,7 +93,7 @@ def train(config: Config) -> dict[str, Any]:
         record = (read_metrics(run_dir) or [{}])[-1]
         for note in notes(config, corpus, sharded, position.step):
             progress.say(note)
-        rewinds, signal, last = 0, None, config.train.steps
+        rewinds, owed, signal, last = 0, False, None, config.train.steps
         while position.step < last and signal is None:
             number = position.step + 1
             watchdog.at(f"reading the batch of step {number}")
@@ -121,7 +118,7 @@ def train(config: Config) -> dict[str, Any]:
 
             # Save, or go back
             watchdog.at(f"saving after step {number}")
-            signal = stop.asked(number)
+            signal, owed = stop.asked(number), owed or checkpoints.due(number)
             if record["bad"]:
                 tell(f"step {number} is bad, {record['bad']} in a row: loss {record['loss']:.4g}, gradient norm "
                      f"{record['grad_norm']:.4g}; its update is skipped")
@@ -130,12 +127,12 @@ def train(config: Config) -> dict[str, Any]:
                 log.write({"event": "rewind", "step": number, "to": back.step, "offset": back.offset})
                 tell(f"back to the checkpoint of step {back.step}, and past the data up to here")
                 meter.rewind(back.step)
-                position, rewinds = back, rewinds + 1
-            elif number == last or (signal and not record["bad"]):
+                position, rewinds, owed = back, rewinds + 1, False
+            elif number == last or signal:
                 checkpoints.finish(state, position)
-            elif checkpoints.due(number) and not record["bad"]:
+            elif owed and not record["bad"]:
                 checkpoints.save(state, position)
-                rewinds = 0
+                rewinds, owed = 0, False
             checkpoints.check(number)
         if signal:
             progress.say(f"stopped by {signal} after step {position.step}; the same command goes on from there")
@@ -230,13 +227,9 @@ def claim(config: Config) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
-                           "set run_dir to another"]) from None
+        raise unwritable(run_dir, error) from None
     if path.exists():
-        old = dict(configs.leaves(configs.from_json(path.read_text())))
-        new = dict(configs.leaves(config))
-        differ = [f"{name} is {old[name][1]!r} there and {new[name][1]!r} here" for name in new
-                  if old[name][1] != new[name][1] and not name.startswith(FREE)]
+        differ = differences(configs.from_json(path.read_text()), config)
         if differ:
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
@@ -247,8 +240,16 @@ def claim(config: Config) -> Path:
 
 
 def keep(config: Config, run_dir: Path) -> None:
-    """Write config.json: from now on the folder is this config's."""
-    put(run_dir / "config.json", configs.to_json(config))
+    """Write config.json: from now on the folder is this config's.  Raises ConfigError where it cannot be written."""
+    try:
+        put(run_dir / "config.json", configs.to_json(config))
+    except OSError as error:
+        raise unwritable(run_dir, error) from None
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
+                        "set run_dir to another"])
 
 
 def put(path: Path, text: str) -> None:
@@ -303,6 +304,7 @@ class Meter:
 
     def rewind(self, step: int) -> None:
         self.productive = {at: seconds for at, seconds in self.productive.items() if at <= step}
+        self.restart()
 
     def record(self, number: int, figures: dict[str, np.ndarray]) -> dict[str, Any]:
         now = time.perf_counter()

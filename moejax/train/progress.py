@@ -56,6 +56,8 @@ class Progress:
     def update(self, record: dict[str, Any]) -> None:
         """Shows the record of a step that has ended."""
         step = record["step"]
+        if self.seen and step <= self.seen[-1][0]:  # the run has gone back
+            self.seen.clear()
         self.seen.append((step, self.clock()))
         evaluated = "validation_loss" in record
         if evaluated:

@@ -80,7 +80,7 @@ def random_array(dtype: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarra
     return draws > 0 if dtype == "bool" else np.abs(draws).astype(dtype) if "uint" in dtype else draws.astype(dtype)
 
 
-DTYPES = ("float32", "int32", "uint32", "bool", "bfloat16", "float16", "uint8", "int8")
+DTYPES = ("float32", "int32", "bool", "bfloat16", "uint8")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +114,7 @@ def bits_of(x: np.ndarray) -> np.ndarray:
 def test_any_flipped_bit_changes_the_checksum(dtype):
     """Of NaNs, infinities and both zeros too."""
     x = random_array(dtype, (3, 4))
-    if dtype in ("float32", "bfloat16", "float16"):
+    if "float" in dtype:
         x[0] = [np.nan, -np.inf, 0.0, -0.0]
     flipped = []
     for entry in range(x.size):
@@ -719,7 +719,7 @@ def test_a_last_state_that_cannot_be_saved(run, monkeypatch):
     with opened(run, said.append) as checkpoints, pytest.raises(SaveFailed) as error:
         checkpoints.finish(state_of(6), Position(6, 0))
     assert str(error.value) == (
-        "the state after step 6 could not be saved; the last good checkpoint is of step 4; make room in "
+        "the checkpoint of step 6, the last, could not be saved; the last good one is of step 4; make room in "
         f"{run}/checkpoints and start the run again")
     assert len(said) == 3 and steps_in(run) == ["2", "4"]
 

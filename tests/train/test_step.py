@@ -18,6 +18,7 @@ from moejax.data.batch import Batch
 from moejax.model import transformer
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel.mesh import make_mesh
+from moejax.train.fault import Health
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import State, shardings, trained
 from moejax.train.step import balanced, make_evaluation, make_gradients, make_step, make_update, step_key
@@ -69,7 +70,8 @@ def batch() -> Batch:
 def start(sharded: Sharded, weights: dict[str, np.ndarray], step: int = 0) -> State:
     """A state that a step may consume."""
     optimizer = optimizer_of(sharded.config)
-    state = State(jnp.int32(step), weights, optimizer.init(jax.tree.map(jnp.asarray, trained(sharded, weights))))
+    moments = optimizer.init(jax.tree.map(jnp.asarray, trained(sharded, weights)))
+    state = State(jnp.int32(step), weights, moments, Health.fresh())
     # to numpy and back: what lies on its device already would be shared with the state given away
     return jax.tree.map(jax.device_put, jax.device_get(state), shardings(sharded, optimizer))
 
