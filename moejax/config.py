@@ -92,7 +92,7 @@ class Mesh:
     schedule: str = "1f1b"  # of the pipeline: 1f1b, gpipe, interleaved, zero_bubble, or a CSV table
     chunks: int = 1  # parts of the model on every stage (interleaved)
     stage_layers: tuple[int, ...] = ()  # of every part of the model in order; empty is an even split
-    fake_devices: int = 0  # this many CPU devices in one process; 0 uses what the machine has
+    fake_devices: int = 0  # this many CPU devices, shared out over the processes; 0 uses what the machine has
 
     def devices(self) -> int:
         return self.data * self.fsdp * self.pipeline * self.expert * self.tensor
