@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
@@ -35,6 +36,10 @@ from moejax.train.state import State
 
 FILE = "process_{}.json"  # of the manifest
 AT_ONCE = 1 << 28  # bytes
+PARTS, LARGE = 8, 1 << 16
+# Of errors that are not the fault of what is read.
+NOT_DAMAGE = ("out of memory", "resource_exhausted", "permission_denied", "unauthenticated", "unavailable")
+ALIGN = 64  # bytes
 ASIDE = "aside"  # the subfolder for checkpoints that a run must not read again
 
 
@@ -83,7 +88,7 @@ def summing(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[Array]], Array]:
 def share(x: Array, spec: P, mesh: Mesh) -> Array:
     """What this device's shard adds; of equal copies only the first counts."""
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = (x if x.dtype == bool else lax.bitcast_convert_type(x, width)).astype(jnp.uint32)
+    bits = x if x.dtype == bool else lax.bitcast_convert_type(x, width)
     place, stride, split = jnp.zeros(x.shape, jnp.uint32), 1, set()
     for dim in reversed(range(x.ndim)):
         names = spec[dim] if dim < len(spec) else None
@@ -95,7 +100,11 @@ def share(x: Array, spec: P, mesh: Mesh) -> Array:
         split |= set(names)
     copies = tuple(name for name in mesh.axis_names if name not in split)
     counts = lax.axis_index(copies) == 0 if copies else True
-    return jnp.sum(mix(bits ^ mix(place + 1)), dtype=jnp.uint32) * jnp.uint32(counts)
+    # XLA sums all entries of an array one by one on a CPU; parts of it are added to each other as vectors, 5 x as fast.
+    parts, dim = max((math.gcd(size, PARTS), -dim) for dim, size in enumerate(x.shape)) if x.size > LARGE else (1, 0)
+    added = sum(mix(bit.astype(jnp.uint32) ^ mix(at + 1)) for bit, at in zip(
+        *(jnp.split(each, parts, -dim) if x.ndim else [each] for each in (bits, place)), strict=True))
+    return jnp.sum(added, dtype=jnp.uint32) * jnp.uint32(counts)
 
 
 @cache
@@ -224,19 +233,50 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
     arrays, sums = {}, []
     try:
         for some in portions(targets):
-            arrays |= manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(
-                some, ocp.checkpoint_utils.construct_restore_args(some), partial_restore=True)))["arrays"]
+            arrays |= load(manager.directory / str(step) / "arrays", some)
             sums.append(checksums({name: arrays[name] for name in some}))  # while the next are read
         found = dict(zip(targets, np.concatenate([adding(each.sharding.mesh)(each) for each in sums]), strict=True))
     except Exception as error:
-        if isinstance(error, (MemoryError, PermissionError, ConnectionError)) or "out of memory" in str(error).lower():
-            raise  # not the fault of what is read
+        if isinstance(error, MemoryError) or any(word in str(error).lower() for word in NOT_DAMAGE):
+            raise
         told = first_line(error).partition(" See full")[0]
         raise Damaged(f"it cannot be read ({type(error).__name__}: {told})") from None
     wrong = [name for name in found if int(found[name]) != manifest["arrays"][name]["checksum"]]
     if wrong:
         raise Damaged(f"{len(wrong)} of its {len(found)} arrays are not as they were saved, first {wrong[0]}")
     return arrays, manifest
+
+
+def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """Arrays that Orbax saved, placed as the targets say.
+
+    Orbax's own restore gives the same, at 0.4 of this bandwidth: it reads into memory that JAX then has to copy.
+    """
+    context = ocp.type_handlers.get_ts_context()
+    stores = {name: ts.open(ocp.type_handlers.get_json_tspec_read(ocp.type_handlers.ParamInfo(
+        name=name, parent_dir=folder), use_ocdbt=True), context=context, read=True) for name in targets}
+    shards, reads = {}, []
+    for name, target in targets.items():
+        store = stores[name].result()
+        for index in target.sharding.addressable_devices_indices_map(target.shape).values():
+            if (name, str(index)) not in shards:
+                memory = aligned(target.sharding.shard_shape(target.shape), target.dtype)
+                shards[name, str(index)] = memory
+                reads.append(ts.array(memory).write(store[index]))
+    for each in reads:
+        each.result()
+    return {name: jax.make_array_from_single_device_arrays(target.shape, target.sharding, [
+        jax.device_put(shards[name, str(index)], device)
+        for device, index in target.sharding.addressable_devices_indices_map(target.shape).items()])
+        for name, target in targets.items()}
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory that a CPU device uses as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGN, np.uint8)
+    begin = -memory.ctypes.data % ALIGN
+    return memory[begin:begin + size].view(dtype).reshape(shape)
 
 
 def portions(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
