@@ -1,8 +1,12 @@
 """What `import moejax` offers: load a run and use it."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,20 +14,37 @@ from jax import Array
 from jaxtyping import Integer
 
 from moejax import config as configs
-from moejax.data.tokenizer import TOKENIZERS
+from moejax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer, open_tokenizer
+from moejax.hf import convert, safetensors
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.model.transformer import Output
 from moejax.parallel import mesh as meshes
 from moejax.serve.generate import generate_tokens
-from moejax.train.checkpoint import restore_weights
+from moejax.train.checkpoint import restore_weights, write_weights
+from moejax.train.fault import tell
 
 
 class Model:
     """A trained model on a mesh: `model(tokens)` gives its Output."""
 
-    def __init__(self, sharded: Sharded, weights: dict[str, Array]):
-        self.sharded, self.weights, self.config = sharded, weights, sharded.config
-        self.tokenizer = TOKENIZERS[self.config.data.tokenizer]()
+    def __init__(self, sharded: Sharded, weights: dict[str, Array], folder: Path | None = None):
+        self.sharded, self.weights, self.config, self.folder = sharded, weights, sharded.config, folder
+
+    @cached_property
+    def tokenizer(self) -> ByteTokenizer | FileTokenizer:
+        """That of the folder that the model was loaded from, if it holds one, else that of data.tokenizer.
+
+        Raises:
+            ConfigError: there is none, or it cannot be used.  A model without one still takes tokens.
+        """
+        own = self.folder / TOKENIZER_FILE if self.folder else None
+        name = str(own) if own and own.is_file() else self.config.data.tokenizer
+        return open_tokenizer(name, self.config.model.vocab)
+
+    def prompt(self, text: str, chat: bool = False) -> list[int]:
+        """The ids that stand before an answer: of a text to go on with, or of a user's message in a chat."""
+        ids = self.tokenizer.chat([{"role": "user", "content": text}]) if chat else self.tokenizer.prompt(text)
+        return ids.tolist()
 
     def __call__(self, tokens: Integer[np.ndarray | Array, "B T"]) -> Output:
         """Output(logits "B T V", hidden "B T D", routing "L B T A", losses) as in evaluation.
@@ -46,7 +67,9 @@ class Model:
 def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     """The newest weights of a run folder, on the mesh of its config or of the overrides, e.g. ["mesh.tensor=1"].
 
-    A pipeline is for training: here all layers come onto the devices of one stage.
+    A Hugging Face checkpoint folder (config.json with a model_type, safetensors) is read straight onto the mesh.  A
+    pipeline is for training: here all layers come onto the devices of one stage.  Of more devices than the mesh has,
+    the first are used.
 
     Raises:
         ConfigError: no run folder, no checkpoint, or overrides that do not fit.
@@ -54,28 +77,129 @@ def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise configs.ConfigError([f"a run folder holds a config.json; {folder} has none; train it first"])
+    if is_published(path):
+        sharded, weights, _ = read_published(Path(folder), Path(folder), overrides)
+        return Model(sharded, weights, Path(folder))
     config, problems = configs.override(configs.from_json(path.read_text()), overrides)
     problems += configs.check(config)
     if problems:
         raise configs.ConfigError(problems)
-    mesh, staged = config.mesh, config.mesh.pipeline > 1
-    if staged:
+    mesh = config.mesh
+    if mesh.pipeline > 1:
         mesh = dataclasses.replace(mesh, pipeline=1, chunks=1, stage_layers=())
         mesh = dataclasses.replace(mesh, fake_devices=mesh.devices() if mesh.fake_devices else 0)
         config = dataclasses.replace(config, mesh=mesh)
     meshes.start(mesh)
-    sharded = Sharded(config, meshes.make_mesh(mesh, jax.devices()[: mesh.devices()] if staged else None))
-    return Model(sharded, restore_weights(Path(folder), sharded))
+    sharded = Sharded(config, meshes.make_mesh(mesh, jax.devices()[: mesh.devices()]))
+    return Model(sharded, restore_weights(Path(folder), sharded), Path(folder))
+
+
+def is_published(path: Path) -> bool:
+    """Whether a config.json is of a Hugging Face checkpoint."""
+    return "model_type" in convert.read_json(path)
+
+
+def read_published(
+    folder: Path, run_dir: Path, overrides: Sequence[str]
+) -> tuple[Sharded, dict[str, Array], convert.Checkpoint]:
+    checkpoint = convert.Checkpoint(folder)
+    own = folder / TOKENIZER_FILE
+    config = convert.config_of(checkpoint, run_dir, str(own) if own.is_file() else "")
+    config, problems = configs.override(config, overrides)
+    if "data.batch" not in (text.partition("=")[0] for text in overrides):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=config.mesh.batch_shards()))
+    problems += configs.check(config)
+    if problems:
+        raise configs.ConfigError(problems)
+    meshes.start(config.mesh)
+    sharded = Sharded(config, meshes.make_mesh(config.mesh, jax.devices()[: config.mesh.devices()]))
+    weights, left = checkpoint.weights(sharded)
+    if left:
+        tell(f"{len(left)} tensors of {folder} are no part of the model and were left out, first {left[0]}")
+    return sharded, weights, checkpoint
+
+
+def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Make a run folder of a Hugging Face checkpoint, with its tokenizer: to generate, to go on training, to export.
+
+    Returns: {"run_dir", "family", "parameters": all of them}.
+    Raises:
+        ConfigError: all that is wrong with the checkpoint, or a run folder that is not empty.
+    """
+    folder, run_dir = Path(folder), Path(run_dir)
+    must_be_empty(run_dir, "a checkpoint is imported into a new run folder")
+    if not folder.is_dir():
+        raise configs.ConfigError([f"a Hugging Face checkpoint is a folder; {folder} is none"])
+    sharded, weights, checkpoint = read_published(folder, run_dir, overrides)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_weights(sharded.config, weights)
+    for name in convert.BESIDE:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, run_dir / name)
+    config = sharded.config
+    if config.data.tokenizer == str(folder / TOKENIZER_FILE):
+        tokenizer = str(run_dir / TOKENIZER_FILE)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    (run_dir / convert.ORIGIN).write_text(json.dumps({"config": checkpoint.config, "dtypes": checkpoint.dtypes()}))
+    (run_dir / "config.json").write_text(configs.to_json(config))
+    return {"run_dir": str(run_dir), "family": checkpoint.config["model_type"], "parameters": sharded.parameters()[0]}
+
+
+def export_run(
+    run_dir: str | Path, folder: str | Path, dtype: str | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write the newest weights of a run as a Hugging Face checkpoint.
+
+    Args:
+        dtype: of all tensors, float32, bfloat16 or float16; by default as they were imported, else float32.
+    Returns: {"folder", "family", "tensors": number, "bytes"}.
+    Raises:
+        ConfigError: no family can express the model, a folder that is not empty, or as `load`.
+    """
+    run_dir, folder = Path(run_dir), Path(folder)
+    kinds = {str(kind): name for name, kind in safetensors.DTYPES.items()}
+    if dtype is not None and dtype not in kinds:
+        raise configs.ConfigError([f"an export is {', '.join(kinds)}; got dtype {dtype!r}"])
+    must_be_empty(folder, "an export is a new folder")
+    model = load(run_dir, overrides)
+    origin = run_dir / convert.ORIGIN
+    if origin.is_file():
+        found = convert.read_json(origin)
+        published, dtypes = found["config"], found["dtypes"]
+    else:
+        name, published = convert.family_of(model.config.model, model.config.data.sequence)
+        published |= {"dtype": dtype or "float32"}
+        dtypes = {}
+    if dtype is not None:
+        published, dtypes = {key: value for key, value in published.items() if key != "torch_dtype"} | {
+            "dtype": dtype}, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    result = convert.export(model.sharded, model.weights, folder, published, dtypes, kinds[dtype or "float32"])
+    for name in convert.BESIDE:
+        if (run_dir / name).is_file():
+            shutil.copyfile(run_dir / name, folder / name)
+    return {"folder": str(folder), "family": published["model_type"]} | result
+
+
+def must_be_empty(folder: Path, rule: str) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise configs.ConfigError([f"{rule}; {folder} is there already; name another, or remove it"])
 
 
 def generate(
     model: Model, prompts: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int = 0,
+    seed: int = 0, chat: bool = False,
 ) -> list[str]:
-    """The continuation of every prompt, without the prompt; greedy at temperature 0."""
-    tokens = [model.tokenizer.encode(prompt).tolist() for prompt in prompts]
-    new = generate_tokens(model.sharded, model.weights, tokens, max_new_tokens, model.tokenizer.eot, temperature, top_p,
-                          seed)
+    """The continuation of every prompt, without the prompt; greedy at temperature 0.
+
+    Args:
+        chat: prompts are what a user says, answered in the form of the tokenizer's chat template.
+    Raises:
+        ConfigError: no tokenizer or chat template, an empty prompt, or wrong sampling values.
+    """
+    tokens = [model.prompt(prompt, chat) for prompt in prompts]
+    new = generate_tokens(model.sharded, model.weights, tokens, max_new_tokens, model.tokenizer.ends, temperature,
+                          top_p, seed)
     return [model.tokenizer.decode(row) for row in new]
 
 

@@ -37,17 +37,37 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     from moejax import api
 
     model = api.load(args.run, args.overrides)
-    trained, length = model.config.data.sequence, len(model.tokenizer.encode(args.prompt))
+    trained, length = model.config.data.sequence, len(model.prompt(args.prompt, args.chat))
     new = max(trained - length, 1) if args.max_new_tokens is None else args.max_new_tokens
     if length + new > trained:
         print(f"moejax generate: {length + new} tokens are more than the {trained} of data.sequence in training; what "
               "comes after is likely to be worse", file=sys.stderr)
-    texts = api.generate(model, [args.prompt], new, args.temperature, args.top_p, args.seed)
+    texts = api.generate(model, [args.prompt], new, args.temperature, args.top_p, args.seed, args.chat)
     with (Path(args.run) / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"prompt": args.prompt, "text": texts[0]}) + "\n")
     if not args.json:
-        print(args.prompt + texts[0])
+        print(texts[0] if args.chat else args.prompt + texts[0])
     return {"prompt": args.prompt, "text": texts[0]}
+
+
+def import_(args: argparse.Namespace) -> dict[str, Any]:
+    """Make a run folder of a Hugging Face checkpoint."""
+    from moejax import api
+
+    result = api.import_folder(args.folder, args.run, args.overrides)
+    if not args.json:
+        print(f"{result['run_dir']}  {result['family']}, {result['parameters']:,} parameters")
+    return result
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a run's weights as a Hugging Face checkpoint."""
+    from moejax import api
+
+    result = api.export_run(args.run, args.folder, args.dtype, args.overrides)
+    if not args.json:
+        print(f"{result['folder']}  {result['family']}, {result['tensors']} tensors, {result['bytes'] / 1e6:,.1f} MB")
+    return result
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(function: Callable[..., dict[str, Any]], *positional: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        sub = commands.add_parser(function.__name__.rstrip("_"), help=function.__doc__, description=function.__doc__)
         for name in positional:
             sub.add_argument(name, metavar=name.upper())
         if function not in (report, checkpoint):
@@ -128,10 +148,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--process", metavar="I", help="which of them this is, from 0 (as MOEJAX_PROCESS)")
     command(verify, "config").add_argument("--steps", type=int, default=2, help="training steps to compare (2)")
     text = command(generate, "run", "prompt")
+    text.add_argument("--chat", action="store_true", help="PROMPT is what a user says, for the chat template to put")
     text.add_argument("--max-new-tokens", type=int, help="default: up to the sequence length of training")
     text.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
     text.add_argument("--top-p", type=float, default=0.95, help="draw among the likeliest up to this share (0.95)")
     text.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    command(import_, "folder", "run")
+    command(export, "run", "folder").add_argument("--dtype", help="float32, bfloat16 or float16; default: as imported, "
+                                                                  "else float32")
     command(plan, "config").add_argument("--schedule", action="store_true", help="draw the ticks of the pipeline")
     command(report, "run")
     command(checkpoint, "action", "run").add_argument("other", metavar="RUN", nargs="?", help="to compare with (diff)")
@@ -164,7 +188,8 @@ def run() -> int:
     """The `moejax` command.  On Linux it starts itself again with large pages for large allocations: XLA on a CPU takes
     its buffers anew from the kernel in every step, and clearing them in small pages is a third of the CPU time.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and {"train", "verify"} & set(sys.argv[1:2]):
+    large = sys.argv[1:2] in (["train"], ["verify"], ["import"])
+    if large and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, "-m", "moejax.cli", *sys.argv[1:]])
     if "--json" in sys.argv and "MOEJAX_COORDINATOR" in os.environ:  # libraries write to stdout from C++ there

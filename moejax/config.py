@@ -17,6 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+BIASES = ("qkv", "output", "sinks", "mlp", "experts", "router", "norm", "head")  # `sinks` are of attention's softmax
+ROPES = {  # the numbers that a rotary scaling needs, and those that it may have
+    "": ((), ()), "linear": (("factor",), ()), "dynamic": (("factor", "original"), ()),
+    "llama3": (("factor", "low", "high", "original"), ()),
+    "yarn": (("factor", "original"), ("fast", "slow", "attention", "truncate"))}
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")  # made in parallel/schedules.py
 
 
@@ -35,8 +40,9 @@ class MoE:
     experts: int = 8
     active: int = 2  # k: experts a token is sent to
     hidden: int = 256  # width of one expert
-    shared: int = 0  # experts that every token passes, side by side with the routed ones
-    router: Literal["topk", "sigmoid", "expert_choice"] = "topk"
+    shared: int = 0  # width of the expert that every token passes, side by side with the routed ones
+    shared_gate: bool = False  # the shared expert's output is scaled by a sigmoid of its own
+    router: Literal["topk", "sigmoid", "sparsemixer", "expert_choice"] = "topk"
     softmax: Literal["before", "after"] = "before"  # the choice of the k experts (router topk)
     renormalise: bool = True  # the k combine weights sum to 1
     scale: float = 1.0  # factor on the combine weights
@@ -47,6 +53,7 @@ class MoE:
     eval_capacity_factor: float | None = None
     priority: Literal["position", "score"] = "position"  # who keeps a seat when an expert is full
     jitter: float = 0.0  # router inputs are multiplied by uniform(1 - jitter, 1 + jitter) in training
+    mixer_gap: float = 0.01  # relative half-distance to the best logit, beyond which sparsemixer sees no expert
     balance_loss: float = 0.01  # coefficient
     balance_scope: Literal["group", "batch"] = "group"
     z_loss: float = 0.001  # coefficient
@@ -56,7 +63,10 @@ class MoE:
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder-only transformer.  `pattern` is repeated over the layers: M is a MoE layer, D a dense one."""
+    """A decoder-only transformer.
+
+    `pattern` is repeated over the layers: M is a MoE layer, D a dense one; in m and d attention sees only a window.
+    """
 
     layers: int = 4
     pattern: str = "M"
@@ -65,17 +75,35 @@ class Model:
     kv_heads: int = 1
     head_dim: int = 32
     hidden: int = 1024  # of dense layers
-    activation: Literal["gelu", "swiglu", "geglu"] = "swiglu"
+    activation: Literal["gelu", "swiglu", "geglu", "clamped_swiglu"] = "swiglu"
+    clamp: tuple[float, ...] = (1.702, 7.0)  # of clamped_swiglu: slope of the sigmoid, largest entry
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    rope_scaling: str = ""  # "linear factor=2"; kinds and numbers stand in ROPES
+    window: int | None = None  # tokens that a layer m or d looks at, itself included
+    latent: tuple[int, ...] = ()  # latent attention: ranks of queries (0: none) and keys, turned part, value size
+    qk_norm: Literal["none", "head", "all"] = "none"  # of queries and keys, each head for itself or all together
+    qkv_limit: float | None = None  # queries, keys and values are clipped to it
+    biases: tuple[str, ...] = ()  # of BIASES
+    caps: tuple[float, ...] = ()  # soft caps of attention scores and of logits, 0 for none
+    multipliers: tuple[float, ...] = ()  # of embeddings, of what layers add, of attention scores (0: usual), of logits
     vocab: int = 264
     tied: bool = False
     moe: MoE = field(default_factory=MoE)
 
-    def layer_kinds(self) -> str:
+    def layer_letters(self) -> str:
         """One letter per layer: the pattern repeated to `layers` letters."""
         return (self.pattern * self.layers)[: self.layers]
+
+    def layer_kinds(self) -> str:
+        """M or D per layer."""
+        return self.layer_letters().upper()
+
+    def rope(self) -> tuple[str, dict[str, float]]:
+        """The kind of rotary scaling ("" for none) and its numbers.  Raises ValueError on other text."""
+        kind, *parts = self.rope_scaling.split() or [""]
+        return kind, {key: float(value) for key, value in (part.split("=") for part in parts)}
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ class Data:
     """Text in, batches out.  A batch is a function of (seed, step) alone."""
 
     sources: tuple[str, ...] = ("stdlib",)  # files, folders, globs, .jsonl[.gz|.zst], or "stdlib"
-    tokenizer: Literal["bytes"] = "bytes"
+    tokenizer: str = "bytes"  # or the path of a tokenizer.json or of its folder; "" is none, for use without text
     sequence: int = 256  # tokens
     batch: int = 16  # sequences in a step, over all devices and microbatches
     validation: float = 0.02  # share of the documents
@@ -155,6 +183,7 @@ class Fault:
 @dataclass(frozen=True)
 class Train:
     steps: int = 400
+    init: str = ""  # run folder whose weights this run begins with; fresh ones when empty
     microbatches: int = 1
     seed: int = 0
     compute: Literal["bfloat16", "float32"] = "float32"
@@ -181,12 +210,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The checked config of a Python file that defines `config() -> Config`.
 
     Args:
-        path: the file, e.g. "configs/demo.py".
+        path: the file, e.g. "configs/demo.py", or the config.json of a run.
         overrides: "path.to.field=value" strings; a value is read by the field's annotation.
     Raises:
         ConfigError: the file is missing or gives no Config, or any override or rule is wrong (all at once).
     """
     path = Path(path)
+    if path.suffix == ".json" and path.is_file():
+        return load_json(path, overrides)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")] or [""], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near and near[0] else ""
@@ -203,9 +234,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError([f"a config file defines config() -> Config; {path} does not"])
     if not isinstance(config, Config):
         raise ConfigError([f"config() returns a moejax Config; that of {path} returns {type(config).__name__}"])
+    return finish(config, path.stem, overrides)
+
+
+def load_json(path: Path, overrides: Sequence[str]) -> Config:
+    """That of a run, for another run; unless run_dir is overridden, for the same."""
+    try:
+        return finish(from_json(path.read_text()), path.parent.name, overrides)
+    except OSError as error:
+        raise ConfigError([f"a config is a readable file; {path} is not ({error})"]) from None
+
+
+def finish(config: Config, name: str, overrides: Sequence[str]) -> Config:
     config, problems = override(config, overrides)
     if not config.name:
-        config = dataclasses.replace(config, name=path.stem)
+        config = dataclasses.replace(config, name=name)
     if not config.run_dir:
         config = dataclasses.replace(config, run_dir=f"runs/{config.name}")
     problems += check(config)
@@ -309,10 +352,11 @@ def check(config: Config) -> list[str]:
 
 def check_ranges(config: Config) -> list[str]:
     positive = ("model.layers model.d_model model.heads model.kv_heads model.head_dim model.hidden model.norm_eps "
-                "model.rope_theta model.vocab model.moe.experts model.moe.active model.moe.hidden model.moe.group "
-                "model.moe.capacity_factor model.moe.eval_capacity_factor mesh.data mesh.fsdp mesh.pipeline "
-                "mesh.expert mesh.tensor mesh.chunks data.sequence data.batch optimizer.lr optimizer.eps train.steps "
-                "train.microbatches train.eval_every train.eval_batches train.log_every checkpoint.every "
+                "model.rope_theta model.window model.qkv_limit model.vocab model.moe.experts model.moe.active "
+                "model.moe.hidden model.moe.group model.moe.capacity_factor model.moe.eval_capacity_factor "
+                "mesh.data mesh.fsdp mesh.pipeline mesh.expert mesh.tensor mesh.chunks "
+                "data.sequence data.batch optimizer.lr optimizer.eps train.steps train.microbatches "
+                "train.eval_every train.eval_batches train.log_every checkpoint.every "
                 "checkpoint.keep train.fault.loss_spike train.fault.norm_spike train.fault.limit train.fault.stall "
                 "train.fault.heartbeat").split()
     shares = "data.validation optimizer.decay optimizer.final_lr optimizer.b1 optimizer.b2 model.moe.jitter".split()
@@ -346,17 +390,25 @@ def check_model(config: Config) -> list[str]:
     def divides(small: int, large: int) -> bool:
         return small > 0 and large % small == 0
 
-    rule(bool(model.pattern) and set(model.pattern) <= set("MD"),
-         f"model.pattern is made of M (MoE layer) and D (dense layer); got {model.pattern!r}")
+    rule(bool(model.pattern) and set(model.pattern.upper()) <= set("MD"),
+         f"model.pattern is made of M (MoE layer) and D (dense layer), small where attention has a window; "
+         f"got {model.pattern!r}")
+    rule(model.window is not None or not set(model.layer_letters()) & set("md"),
+         f"layers m and d need model.window; got pattern {model.pattern!r} and no window; set it, or use capitals")
     rule(divides(model.kv_heads, model.heads),
          f"model.kv_heads must divide model.heads; got {model.kv_heads} and {model.heads}; "
          f"set model.kv_heads to one of {divisors(model.heads)}")
     rule(model.head_dim % 2 == 0,
          f"model.head_dim must be even for the rotary embedding; got {model.head_dim}")
-    rule(model.vocab >= 257,
+    rule(config.data.tokenizer != "bytes" or model.vocab >= 257,
          f"model.vocab must hold the byte tokenizer's 257 tokens; got {model.vocab}; set model.vocab=264")
+    problems += check_variants(model)
     if "M" not in model.layer_kinds():
         return problems
+    rule(not moe.shared_gate or moe.shared > 0,
+         f"model.moe.shared_gate needs a shared expert; got model.moe.shared {moe.shared}; set its width")
+    rule(moe.router != "sparsemixer" or moe.active <= 2,
+         f"router sparsemixer chooses 1 or 2 experts; got model.moe.active {moe.active}; set it to 2")
     rule(moe.active <= moe.experts,
          f"model.moe.active must not exceed model.moe.experts; got {moe.active} and {moe.experts}")
     rule(divides(moe.expert_groups, moe.experts),
@@ -379,6 +431,43 @@ def check_model(config: Config) -> list[str]:
     return problems
 
 
+def check_variants(model: Model) -> list[str]:
+    """The fields of a model that are texts or lists."""
+    problems = []
+    lengths = {"clamp": (2,), "latent": (0, 4), "caps": (0, 2), "multipliers": (0, 4)}
+    problems += [f"model.{name} has {' or '.join(map(str, right))} numbers; got {getattr(model, name)}"
+                 for name, right in lengths.items() if len(getattr(model, name)) not in right]
+    problems += [f"model.{name} holds no negative number and none that is not finite; got {getattr(model, name)}"
+                 for name in lengths if not all(0 <= x < math.inf for x in getattr(model, name))]
+    unknown = sorted(set(model.biases) - set(BIASES))
+    if unknown:
+        problems.append(f"model.biases names some of {', '.join(BIASES)}; got {', '.join(map(repr, unknown))}")
+    if not problems and model.latent:
+        _, rank, turned, size = model.latent
+        if not (rank > 0 and size > 0 and 0 < turned < model.head_dim and turned % 2 == 0):
+            problems.append("latent attention has a rank of keys, a value size and an even turned part below "
+                            f"model.head_dim; got model.latent {model.latent} and head_dim {model.head_dim}")
+        if model.kv_heads != model.heads:
+            problems.append(f"latent attention has as many KV heads as heads; got {model.kv_heads} and {model.heads}; "
+                            f"set model.kv_heads={model.heads}")
+        unfit = sorted({"qkv", "sinks"} & set(model.biases)) + ["qk_norm"] * (model.qk_norm != "none") + [
+            "qkv_limit"] * (model.qkv_limit is not None)
+        if unfit:
+            problems.append(f"latent attention has no {', '.join(unfit)}; take out one or the other")
+    try:
+        kind, numbers = model.rope()
+        needed, allowed = ROPES[kind]
+        wrong = (set(needed) - set(numbers)) | (set(numbers) - set(needed) - set(allowed))
+        if wrong or not all(math.isfinite(x) for x in numbers.values()):
+            raise ValueError
+    except (ValueError, KeyError):
+        kinds = "; ".join(f"{kind} {' '.join(f'{name}=' for name in needed)}" for kind, (needed, _) in ROPES.items()
+                          if kind)
+        problems.append(f"model.rope_scaling is empty or a kind with its numbers ({kinds}); "
+                        f"got {model.rope_scaling!r}")
+    return problems
+
+
 def check_mesh(config: Config) -> list[str]:
     model, moe, mesh, data = config.model, config.model.moe, config.mesh, config.data
     kinds = model.layer_kinds()
@@ -387,7 +476,8 @@ def check_mesh(config: Config) -> list[str]:
     if "D" in kinds:
         divided.append(("model.hidden", model.hidden, "tensor"))
     if "M" in kinds:
-        divided += [("model.moe.hidden", moe.hidden, "tensor"), ("model.moe.experts", moe.experts, "expert")]
+        divided += [("model.moe.hidden", moe.hidden, "tensor"), ("model.moe.shared", moe.shared, "tensor"),
+                    ("model.moe.experts", moe.experts, "expert")]
     if mesh.sequence:
         divided.append(("data.sequence", data.sequence, "tensor"))
     problems = []

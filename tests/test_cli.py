@@ -166,6 +166,8 @@ def test_generate_refuses_and_keeps_nothing(trained, texts, capfd, tmp_path):
         "  - max_new_tokens must be 1 or more; got 0",
         "  - temperature must not be negative; got -1.0; 0 takes the likeliest token",
         "  - top_p must be above 0 and at most 1; got 2.0"]
+    err = refused(capfd, "generate", trained[0], "a", "--chat")
+    assert err.startswith("moejax generate: 1 problem\n  - a chat needs a template; data.tokenizer=bytes has none; ")
     assert samples.read_text() == before
     err = refused(capfd, "generate", str(tmp_path), "a")
     assert err == ("moejax generate: 1 problem\n"

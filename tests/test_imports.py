@@ -8,7 +8,6 @@ import pytest
 
 import moejax
 from moejax import config as configs
-from moejax.data.tokenizer import TOKENIZERS
 from moejax.model.dispatch import DISPATCHERS
 from moejax.model.layers import ACTIVATIONS
 from moejax.model.router import ROUTERS
@@ -57,6 +56,6 @@ def test_imports_go_down(name):
 @pytest.mark.parametrize("group, field, table", [
     (configs.MoE, "router", ROUTERS), (configs.MoE, "dispatcher", DISPATCHERS),
     (configs.Model, "activation", ACTIVATIONS), (configs.Optimizer, "name", OPTIMIZERS),
-    (configs.Optimizer, "schedule", SCHEDULES), (configs.Data, "tokenizer", TOKENIZERS)])
+    (configs.Optimizer, "schedule", SCHEDULES)])
 def test_the_config_offers_what_the_tables_hold(group, field, table):
     assert set(typing.get_args(typing.get_type_hints(group)[field])) == set(table)

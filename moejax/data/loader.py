@@ -22,11 +22,12 @@ from jaxtyping import Float32, Int64, Integer, UInt64
 from moejax.config import ConfigError, Data
 from moejax.data.batch import Batch
 from moejax.data.sources import File, documents, find_files
-from moejax.data.tokenizer import TOKENIZERS
+from moejax.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
 
 FORMAT = 1  # of the cache; raise it when what is written for the same config changes
 SHARD = 2**27  # tokens in one file
 CHUNK = 2**20  # tokens counted at a time
+LETTERS = 2**20  # of documents that are tokenized together
 PARTS = ("train", "validation")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio, the step of splitmix64
 
@@ -68,23 +69,25 @@ class Corpus(NamedTuple):
     cached: bool  # the tokens were there from an earlier run
 
 
-def open_corpus(config: Data, shard: int = SHARD) -> Corpus:
+def open_corpus(config: Data, vocab: int | None = None, shard: int = SHARD) -> Corpus:
     """The tokens that `config` names, from its cache if it holds them, else tokenized into it.
 
     A document is in validation if a hash of the seed, its name and its text says so, whatever the other
     documents are.  Where that leaves validation empty, the document with the smallest hash goes there.
 
     Args:
+        vocab: model.vocab, which must hold the tokenizer's ids.
         shard: tokens in a file of the cache.
     Raises:
-        ConfigError: all that is wrong with the sources or the cache folder, or train or validation empty or
-            not longer than `config.sequence`.
+        ConfigError: all that is wrong with the tokenizer, the sources or the cache folder, or train or validation empty
+            or not longer than `config.sequence`.
     """
     files, problems = find_files(config.sources)
-    home = Path(os.path.expanduser(config.cache)) / cache_key(config, files)
+    tokenizer = training_tokenizer(config, vocab, problems)
+    home = Path(os.path.expanduser(config.cache)) / cache_key(config, tokenizer.identity, files)
     corpus = None if problems else read_cache(home)
     if corpus is None:
-        build_cache(config, files, problems, home, shard)
+        build_cache(config, tokenizer, files, problems, home, shard)
         corpus = read_cache(home)._replace(cached=False)
     problems = [problem for part in PARTS if part == "train" or config.validation
                 for problem in too_short(part, getattr(corpus, part), config.sequence)]
@@ -93,10 +96,26 @@ def open_corpus(config: Data, shard: int = SHARD) -> Corpus:
     return corpus
 
 
-def cache_key(config: Data, files: Sequence[File]) -> str:
-    """20 hexadecimal digits for all that decides the tokens; a file counts by its path, size and time of change."""
+def training_tokenizer(config: Data, vocab: int | None, problems: Sequence[str]) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer of `config`, which can end a document.  Raises ConfigError with `problems` and its own."""
+    try:
+        tokenizer = open_tokenizer(config.tokenizer, vocab)
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *problems]) from None
+    if tokenizer.eot is None:
+        raise ConfigError([f"training needs a token that ends a document; that of data.tokenizer={config.tokenizer} is "
+                           "not named; write its eos_token into tokenizer_config.json beside it", *problems])
+    return tokenizer
+
+
+def cache_key(config: Data, tokenizer: str, files: Sequence[File]) -> str:
+    """20 hexadecimal digits for all that decides the tokens; a file counts by its path, size and time of change.
+
+    Args:
+        tokenizer: its identity.
+    """
     listed = [(f.name, os.path.abspath(f.path), f.size, f.mtime_ns, f.lenient) for f in files]
-    facts = [FORMAT, config.tokenizer, config.validation, config.seed, listed]
+    facts = [FORMAT, tokenizer, config.validation, config.seed, listed]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
 
 
@@ -118,7 +137,8 @@ def shard_path(folder: Path, part: str, number: int) -> Path:
     return folder / f"{part}-{number:05d}.bin"
 
 
-def build_cache(config: Data, files: Sequence[File], problems: list[str], home: Path, shard: int) -> None:
+def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: Sequence[File], problems: list[str],
+                home: Path, shard: int) -> None:
     """Tokenizes into a temporary folder beside `home`, then renames it, so that `home` is whole or absent.
 
     A run that is killed leaves at most a folder named .building-… that nobody reads.
@@ -133,33 +153,33 @@ def build_cache(config: Data, files: Sequence[File], problems: list[str], home: 
     with scratch as name:
         fresh = Path(name, "first")
         share = math.ceil(config.validation * 2**64)
-        meta, lowest, highest = write_tokens(config, documents(files, problems), fresh, share, shard)
+        meta, lowest, highest = write_tokens(config, tokenizer, documents(files, problems), fresh, share, shard)
         if config.validation and not meta["validation"]:
             fresh = Path(name, "second")
-            meta, *_ = write_tokens(config, documents(files), fresh, lowest + 1, shard)
+            meta, *_ = write_tokens(config, tokenizer, documents(files), fresh, lowest + 1, shard)
         check_split(config, meta, lowest == highest)
         publish(fresh, home)
 
 
-def write_tokens(config: Data, texts: Iterator[tuple[str, str]], folder: Path, threshold: int,
-                 shard: int) -> tuple[dict[str, Any], int, int]:
+def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: Iterator[tuple[str, str]], folder: Path,
+                 threshold: int, shard: int) -> tuple[dict[str, Any], int, int]:
     """Fills `folder` and returns its meta.json and the smallest and the largest hash of a document.
 
     Args:
         texts: (name, text) of every document.
         threshold: a document is in validation if its hash, of 0..2**64-1, is below.
     """
-    tokenizer = TOKENIZERS[config.tokenizer]()
     dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
     folder.mkdir()
     train, validation = writers = [ShardWriter(folder, part, dtype, shard) for part in PARTS]
     lowest, highest, lengths = 2**64, -1, array("q")
-    for name, text in texts:
-        place = split_hash(config.seed, name, text)
-        lowest, highest = min(lowest, place), max(highest, place)
-        tokens = np.append(tokenizer.encode(text), dtype.type(tokenizer.eot))
-        (validation if place < threshold else train).write(tokens)
-        lengths.append(len(tokens))
+    for group in together(texts):
+        for (name, text), ids in zip(group, tokenizer.encode_batch([text for _, text in group]), strict=True):
+            place = split_hash(config.seed, name, text)
+            lowest, highest = min(lowest, place), max(highest, place)
+            tokens = np.append(ids, dtype.type(tokenizer.eot))
+            (validation if place < threshold else train).write(tokens)
+            lengths.append(len(tokens))
     for writer in writers:
         writer.flush()
     np.save(folder / "documents.npy", np.array(lengths, np.int64))
@@ -167,6 +187,18 @@ def write_tokens(config: Data, texts: Iterator[tuple[str, str]], folder: Path, t
     meta |= {writer.part: writer.lengths for writer in writers}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta, lowest, highest
+
+
+def together(texts: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """(name, text) in groups of at least LETTERS letters, and the rest."""
+    group, letters = [], 0
+    for name, text in texts:
+        group.append((name, text))
+        letters += len(text)
+        if letters >= LETTERS:
+            yield group
+            group, letters = [], 0
+    yield group
 
 
 class ShardWriter:

@@ -1,13 +1,28 @@
 """Text to token ids and back.
 
-Bottom of the data package.  A tokenizer has `size` (ids are below it), `eot` (the id that ends a document),
-`encode` and `decode`; a new one is a class here and an entry in `TOKENIZERS`.
+Bottom of the data package.  `open_tokenizer` gives the bytes of UTF-8, or the `tokenizer.json` of a file.  Both have
+
+- `size` (ids are below it), `eot` (the id that ends a document) and `ends` (those that end what a model says);
+- `identity`, a text that differs where ids may differ;
+- `encode` of a text as it is, for training; `encode_batch` of many; `prompt`, with the special tokens that a model
+  expects around it; `chat`, of messages by the chat template; `decode`.
 """
 
-from collections.abc import Iterable
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import UInt, UInt16
+
+from moejax.config import ConfigError
+from moejax.data import chat
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 
 
 class ByteTokenizer:
@@ -15,10 +30,22 @@ class ByteTokenizer:
 
     size = 257
     eot = 256
+    ends = (256,)
+    identity = "bytes"
 
     def encode(self, text: str) -> UInt16[np.ndarray, " T"]:
         """The bytes of `text`, without an end of text.  What UTF-8 cannot hold (half a surrogate pair) becomes `?`."""
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.uint16)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def prompt(self, text: str) -> UInt16[np.ndarray, " T"]:
+        return self.encode(text)
+
+    def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt16[np.ndarray, " T"]:
+        raise ConfigError(["a chat needs a template; data.tokenizer=bytes has none; prompt without a chat, or set "
+                           f"data.tokenizer to a folder with {TOKENIZER_FILE} and {chat.FILE}"])
 
     def decode(self, ids: Iterable) -> str:
         """The text of a sequence of ids.  Ids from 256 up have no text; bytes that are not UTF-8 become U+FFFD."""
@@ -26,4 +53,154 @@ class ByteTokenizer:
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
-TOKENIZERS = {"bytes": ByteTokenizer}
+class FileTokenizer:
+    """A tokenizer.json, with what its folder says of special tokens, ends and chats.
+
+    Special tokens that are spelt out in a text become their ids.
+
+    Attributes:
+        eot: the eos_token, else the first eos_token_id of generation_config.json; None if neither is there.
+        special: special tokens by name, "bos_token" and so on.
+    Raises:
+        ConfigError: the package tokenizers is not installed, or all that is wrong with the files.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import tokenizers  # an optional extra
+        except ImportError:
+            raise ConfigError([f"a {TOKENIZER_FILE} needs the optional package tokenizers, which is not installed; "
+                               f"pip install 'moejax[hf]', or set data.tokenizer=bytes (it is {path})"]) from None
+        problems: list[str] = []
+        self.folder = path.parent
+        self.settings, older, generation = (read_object(self.folder / name, problems)
+                                            for name in (SETTINGS, SPECIAL, GENERATION))
+        # as transformers 5: where tokenizer_config.json lists the added tokens, it alone counts
+        said = self.settings if "added_tokens_decoder" in self.settings else self.settings | older
+        self.special = {name: text for name, token in said.items()
+                        if name.endswith("_token") and (text := token_text(token))}
+        try:
+            data = path.read_bytes()
+            self.library = tokenizers.Tokenizer.from_str(data.decode())
+        except Exception as error:  # the library raises no narrower one
+            problems.append(f"a {TOKENIZER_FILE} must be readable for the package tokenizers {tokenizers.__version__}; "
+                            f"{path} is not ({error}); write it again, or name another in data.tokenizer")
+            raise ConfigError(problems) from None
+        self.library.no_truncation()
+        self.library.no_padding()
+        more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
+        more = [text for text in map(token_text, more) if text] if isinstance(more, list) else []
+        # none beyond the vocabulary, for which the model has no embedding
+        self.library.add_special_tokens([text for text in [*self.special.values(), *more]
+                                         if self.library.token_to_id(text) is not None])
+        self.size = 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.dtype = np.dtype(np.uint16 if self.size <= 2**16 else np.uint32)
+
+        eot = self.library.token_to_id(self.special.get("eos_token", ""))
+        if eot is None and "eos_token" in self.special:
+            problems.append(f"the eos_token must be a token of {path}; {self.special['eos_token']!r} is none; "
+                            f"correct it in {self.folder / SETTINGS} or {self.folder / SPECIAL}")
+        ids = generation.get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(each) is int and each >= 0 for each in ids):
+            problems.append(f"eos_token_id must be a token's number, or a list of them; {self.folder / GENERATION} has "
+                            f"{ids}; correct it there")
+        if problems:
+            raise ConfigError(problems)
+        self.ends = tuple(dict.fromkeys([*([] if eot is None else [eot]), *ids]))
+        self.eot: int | None = self.ends[0] if self.ends else None
+        decided = hashlib.blake2b(data, digest_size=16).hexdigest()
+        self.identity = f"{TOKENIZER_FILE} {decided} {sorted({*self.special.values(), *more})} {self.eot}"
+
+    def encode(self, text: str) -> UInt[np.ndarray, " T"]:
+        """The ids of `text` alone.  What UTF-8 cannot hold (half a surrogate pair) becomes `?`."""
+        return np.array(self.library.encode(whole(text), add_special_tokens=False).ids, self.dtype)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each, on all cores."""
+        found = self.library.encode_batch_fast([whole(text) for text in texts], add_special_tokens=False)
+        return [np.array(one.ids, self.dtype) for one in found]
+
+    def prompt(self, text: str) -> UInt[np.ndarray, " T"]:
+        """The ids of `text` with the special tokens that its model expects around it, such as a bos token."""
+        return np.array(self.library.encode(whole(text)).ids, self.dtype)
+
+    def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt[np.ndarray, " T"]:
+        """The ids of messages such as `{"role": "user", "content": "…"}`, up to where the model is to answer.
+
+        Raises:
+            ConfigError: the folder has no chat template, or it is wrong or refuses the messages.
+        """
+        where, template = chat.find_template(self.folder, self.settings)
+        return self.encode(chat.render(where, template, messages, add_generation_prompt, self.special))
+
+    def decode(self, ids: Iterable) -> str:
+        """The text of a sequence of ids.  Special tokens, ends and ids from `size` up have no text."""
+        kept = [each for each in np.asarray(ids, np.int64).tolist() if each < self.size and each not in self.ends]
+        return self.library.decode(kept, skip_special_tokens=True)
+
+
+def open_tokenizer(name: str, vocab: int | None = None) -> ByteTokenizer | FileTokenizer:
+    """The tokenizer that data.tokenizer names: "bytes", or the path of a tokenizer.json or of its folder.
+
+    Args:
+        vocab: model.vocab, which must hold its ids.
+    Raises:
+        ConfigError: no name, no such file, a file that cannot be used, or more ids than `vocab`.
+    """
+    if not name:
+        raise ConfigError(["text needs a tokenizer; data.tokenizer is empty, which is none; "
+                           f"set it to bytes, or to the path of a {TOKENIZER_FILE}"])
+    tokenizer = ByteTokenizer() if name == "bytes" else FileTokenizer(tokenizer_path(name))
+    if vocab is not None and tokenizer.size > vocab:
+        raise ConfigError([f"model.vocab must hold the tokenizer's ids; got {vocab} and {tokenizer.size} "
+                           f"(data.tokenizer={name}); set model.vocab={tokenizer.size} or above"])
+    return tokenizer
+
+
+def tokenizer_path(name: str) -> Path:
+    """The tokenizer.json that a name other than "bytes" stands for.  Raises ConfigError where there is none."""
+    path = Path(os.path.expanduser(name))
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    if not file.is_file():
+        what = f"is a folder without {TOKENIZER_FILE}" if path.is_dir() else "is neither a file nor a folder"
+        raise ConfigError([f"data.tokenizer is bytes, or the path of a {TOKENIZER_FILE} or of its folder; {name!r} "
+                           f"{what}; correct it (relative paths start at {os.getcwd()})"])
+    return file
+
+
+def tokenizer_files(name: str) -> dict[str, str]:
+    """The texts of the files that make the tokenizer `name`, by the names that a folder of its own gives them.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    if name in ("", "bytes"):
+        return {}
+    path = tokenizer_path(name)
+    others = SETTINGS, SPECIAL, GENERATION, chat.FILE
+    files = {TOKENIZER_FILE: path} | {other: path.parent / other for other in others}
+    return {file: found.read_text("utf-8") for file, found in files.items() if found.is_file()}
+
+
+def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The JSON object of a file, empty if there is no such file."""
+    try:
+        found = json.loads(path.read_bytes().decode()) if path.is_file() else {}
+        if isinstance(found, dict):
+            return found
+        what = f"is of type {type(found).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"is none ({error})"
+    problems.append(f"a tokenizer's {path.name} must be a JSON object; {path} {what}; repair it, or take it away")
+    return {}
+
+
+def token_text(token: Any) -> str | None:
+    """A special token is written as its text, or as an object that holds it."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def whole(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()

@@ -1,8 +1,11 @@
-"""Causal self-attention: multi-head, grouped-query and multi-query in one layout.
+"""Causal self-attention: multi-head, grouped-query, multi-query and latent, in one layout.
 
 Heads are ordered (kv, group), so that a tensor shard holds whole groups, or, with fewer KV heads than shards, part
 of one group and the one KV head it needs.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,84 +15,211 @@ from jaxtyping import Float, Int
 
 from moejax import config as configs
 from moejax.model.cache import Cache
-from moejax.model.layers import Pass, rotary
+from moejax.model.layers import Pass, plus, rms
+from moejax.model.rotary import rotary
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
 
 BLOCKS = 8  # of queries at most; a block skips the keys after it
 SMALLEST = 64  # queries worth a block of their own
+LATENT_EPS = 1e-6  # of the norms of latents, whatever the model's
+
+
+@dataclass(frozen=True)
+class Look:
+    """How queries look at keys.  `sinks` are logits of each head that take part in its softmax and carry no value."""
+
+    scale: float
+    window: int | None = None  # keys seen, the query's own included
+    cap: float = 0.0  # scores are cap · tanh(score / cap); 0 is off
+    sinks: Float[Array, " N"] | None = None
+
+    def probabilities(self, scores: Float[Array, "B K G T S"], behind: Int[Array, "..."]) -> Float[Array, "B K G T S"]:
+        """Args: behind: how many positions each key lies before its query."""
+        scores = scores * self.scale
+        if self.cap:
+            scores = self.cap * jnp.tanh(scores / self.cap)
+        seen = behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        if self.sinks is None:
+            return jax.nn.softmax(scores, -1)
+        sinks = self.sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+        peak = lax.stop_gradient(jnp.maximum(jnp.max(scores, -1, keepdims=True), sinks))
+        exp = jnp.exp(scores - peak)
+        return exp / (jnp.sum(exp, -1, keepdims=True) + jnp.exp(sinks - peak))
 
 
 class Attention(nnx.Module):
-    def __init__(self, w: Weights, model: configs.Model):
+    def __init__(self, w: Weights, model: configs.Model, window: int | None = None):
         self.q = w("embed -> heads head")
         self.k = w("embed -> kv head")
         self.v = w("embed -> kv head")
         self.o = w("heads head -> embed")
-        self.model = model
+        biased = "qkv" in model.biases
+        self.q_bias, self.k_bias, self.v_bias = (
+            (w("heads head", 0.0), w("kv head", 0.0), w("kv head", 0.0)) if biased else (None, None, None))
+        self.o_bias = w("norm", 0.0) if "output" in model.biases else None
+        self.sinks = w("heads", 0.0) if "sinks" in model.biases else None
+        axes = {"none": None, "head": ("head", "head"), "all": ("heads head", "kv head")}[model.qk_norm]
+        self.q_norm, self.k_norm = (w(axes[0], 1.0), w(axes[1], 1.0)) if axes else (None, None)
+        self.model, self.window = model, window
 
     def __call__(
         self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass, cache: Cache | None = None
     ) -> tuple[Float[Array, "B t D"], Cache | None]:
         """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it."""
         x = collectives.enter(x, run.sequence)
-        theta = self.model.rope_theta
-        q = rotary(jnp.einsum("btd,dnh->btnh", x, use(self.q, run.dtype)), positions, theta)
-        k = rotary(jnp.einsum("btd,dkh->btkh", x, self.own(use(self.k, run.dtype))), positions, theta)
-        v = jnp.einsum("btd,dkh->btkh", x, self.own(use(self.v, run.dtype)))
-        if cache is None:
-            y = blocked(q, k, v)
-        else:
-            cache = cache.write(k, v, positions)
-            y = plain(q, cache.k.astype(run.dtype), cache.v.astype(run.dtype), positions)
-        y = jnp.einsum("btnh,nhd->btd", y, use(self.o, run.dtype))
-        return collectives.leave(y, run.sequence), cache
+        q, k, v = self.project(x, run)
+        q, k = rotary(q, positions, self.model), rotary(k, positions, self.model)
+        sinks = None if self.sinks is None else self.sinks[...]
+        y, cache = attend(q, k, v, positions, look(self.model, self.window, sinks), cache)
+        return leave(y, self.o, self.o_bias, run), cache
 
-    def own(self, w: Float[Array, "D K H"]) -> Float[Array, "D k H"]:
+    def project(
+        self, x: Float[Array, "B T D"], run: Pass
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        q = plus(jnp.einsum("btd,dnh->btnh", x, use(self.q, run.dtype)), self.q_bias)
+        if self.model.qk_norm == "all":  # the norm of the keys needs all of them
+            k = plus(jnp.einsum("btd,dkh->btkh", x, use(self.k, run.dtype)), self.k_bias)
+            q, k = self.norm_all(q, self.q_norm, "heads"), self.norm_all(k, self.k_norm, "kv")
+            k = self.own(k, 2)
+        else:
+            k = jnp.einsum("btd,dkh->btkh", x, self.own(use(self.k, run.dtype), 1))
+            k = k if self.k_bias is None else k + self.own(self.k_bias[...].astype(k.dtype), 0)[None, None]
+        v = jnp.einsum("btd,dkh->btkh", x, self.own(use(self.v, run.dtype), 1))
+        v = v if self.v_bias is None else v + self.own(self.v_bias[...].astype(v.dtype), 0)[None, None]
+        if self.model.qk_norm == "head":
+            q, k = (self.norm_heads(y, scale) for y, scale in ((q, self.q_norm), (k, self.k_norm)))
+        limit = self.model.qkv_limit
+        return (q, k, v) if limit is None else tuple(jnp.clip(y, -limit, limit) for y in (q, k, v))
+
+    def norm_heads(self, x: Float[Array, "B T N H"], scale: Any) -> Float[Array, "B T N H"]:
+        return (rms(x.astype(jnp.float32), self.model.norm_eps) * scale[...][None, None, None]).astype(x.dtype)
+
+    def norm_all(self, x: Float[Array, "B T N H"], scale: Any, kind: str) -> Float[Array, "B T N H"]:
+        """RMSNorm over all heads, which the tensor shards may share."""
+        y = x.astype(jnp.float32)
+        split = kind == "heads" or lax.axis_size("tensor") <= self.model.kv_heads
+        square = jnp.sum(jnp.square(y), (2, 3), keepdims=True)
+        square = collectives.total(square, ("tensor",)) if split else square
+        count = (self.model.heads if kind == "heads" else self.model.kv_heads) * self.model.head_dim
+        y = y * lax.rsqrt(square / count + self.model.norm_eps)
+        return (y * scale[...][None, None]).astype(x.dtype)
+
+    def own(self, w: Float[Array, "..."], dim: int) -> Float[Array, "..."]:
         """The KV heads that this shard's query heads use."""
         shards = lax.axis_size("tensor")
         if shards <= self.model.kv_heads:
             return w  # split over `tensor` like the queries
         head = collectives.index("tensor") * self.model.kv_heads // shards
-        return lax.dynamic_slice_in_dim(w, head, 1, 1)
+        return lax.dynamic_slice_in_dim(w, head, 1, dim)
+
+
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): keys and values of all heads are made
+    from one small latent per token; only the last entries of a head are turned, and those of the keys are shared.
+    """
+
+    def __init__(self, w: Weights, model: configs.Model, window: int | None = None):
+        queries, keys, turned, size = model.latent
+        w = w.sized(queries=queries, keys=keys, mixed=keys + turned, both=model.head_dim - turned + size)
+        self.q_down, self.q_norm = (w("embed -> queries"), w("queries", 1.0)) if queries else (None, None)
+        self.q = w("queries -> heads head" if queries else "embed -> heads head")
+        self.kv_down, self.kv_norm, self.kv = w("embed -> mixed"), w("keys", 1.0), w("keys -> heads both")
+        self.o = w.sized(head=size)("heads head -> embed")
+        self.o_bias = w("norm", 0.0) if "output" in model.biases else None
+        self.q_down_bias = w("queries", 0.0) if "output" in model.biases and queries else None
+        self.kv_down_bias = w("mixed", 0.0) if "output" in model.biases else None
+        self.model, self.window = model, window
+
+    def __call__(
+        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B t D"], Cache | None]:
+        """As Attention's."""
+        x = collectives.enter(x, run.sequence)
+        _, rank, turned, _ = self.model.latent
+        still = self.model.head_dim - turned
+        y = x
+        if self.q_down is not None:
+            y = plus(jnp.einsum("btd,dr->btr", x, use(self.q_down, run.dtype)), self.q_down_bias)
+            y = self.norm(y, self.q_norm)
+        q = jnp.einsum("btr,rnh->btnh", y, use(self.q, run.dtype))
+        q = jnp.concatenate([q[..., :still], rotary(q[..., still:], positions, self.model)], -1)
+        mixed = plus(jnp.einsum("btd,dr->btr", x, use(self.kv_down, run.dtype)), self.kv_down_bias)
+        both = jnp.einsum("btr,rnh->btnh", self.norm(mixed[..., :rank], self.kv_norm), use(self.kv, run.dtype))
+        shared = rotary(mixed[..., None, rank:], positions, self.model)
+        k = jnp.concatenate([both[..., :still], jnp.broadcast_to(shared, (*both.shape[:3], turned))], -1)
+        y, cache = attend(q, k, both[..., still:], positions, look(self.model, self.window, None), cache)
+        return leave(y, self.o, self.o_bias, run), cache
+
+    def norm(self, x: Float[Array, "B T R"], scale: Any) -> Float[Array, "B T R"]:
+        return (rms(x.astype(jnp.float32), LATENT_EPS) * scale[...][None, None]).astype(x.dtype)
+
+
+def look(model: configs.Model, window: int | None, sinks: Array | None) -> Look:
+    scale = (model.multipliers[2] if model.multipliers else 0) or model.head_dim**-0.5
+    return Look(scale, window, model.caps[0] if model.caps else 0.0, sinks)
+
+
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], positions: Int[Array, "B T"],
+    look: Look, cache: Cache | None,
+) -> tuple[Float[Array, "B T N J"], Cache | None]:
+    if cache is None:
+        return blocked(q, k, v, look), None
+    cache = cache.write(k, v, positions)
+    return plain(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), positions, look), cache
+
+
+def leave(y: Float[Array, "B T N H"], o: Any, bias: Any, run: Pass) -> Float[Array, "B t D"]:
+    y = jnp.einsum("btnh,nhd->btd", y, use(o, run.dtype))
+    if bias is not None:
+        y = y + collectives.once(bias[...].astype(y.dtype))[None, None]
+    return collectives.leave(y, run.sequence)
 
 
 def plain(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], positions: Int[Array, "B T"]
-) -> Float[Array, "B T N H"]:
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K J"], positions: Int[Array, "B T"],
+    look: Look,
+) -> Float[Array, "B T N J"]:
     """Attention of queries at `positions` to all keys up to them; the slow twin of `blocked`."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * size**-0.5
-    seen = jnp.arange(k.shape[1])[None, None, None, None] <= positions[:, None, None, :, None]
-    p = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, size)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    behind = positions[:, None, None, :, None] - jnp.arange(k.shape[1])[None, None, None, None]
+    p = look.probabilities(scores, behind).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, -1)
 
 
 def blocked(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
-) -> Float[Array, "B T N H"]:
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], look: Look
+) -> Float[Array, "B T N J"]:
     """Causal attention with (group, time) as the rows of one matmul per KV head, block of queries by block.
 
-    Almost half of the scores lie after their query; a block multiplies only the keys up to its own end.
+    Almost half of the scores lie after their query; a block multiplies only the keys up to its own end, and of them
+    those that its window reaches.
     """
     batch, length, heads, size = q.shape
     kv = k.shape[2]
     q = q.reshape(batch, length, kv, -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # B K H T and B K T H
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # B K H T and B K T J
     step = max(-(-length // BLOCKS), SMALLEST)
-    done = [one_block(q[:, :, :, a:a + step], k[..., :a + step], v[:, :, :a + step]) for a in range(0, length, step)]
-    return jnp.concatenate(done, 3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+    done = []
+    for a in range(0, length, step):
+        begin = 0 if look.window is None else max(a - look.window + 1, 0)
+        done.append(one_block(q[:, :, :, a:a + step], k[..., begin:a + step], v[:, :, begin:a + step], look))
+    return jnp.concatenate(done, 3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
 def one_block(
-    q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float[Array, "B K s H"]
-) -> Float[Array, "B K G t H"]:
+    q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float[Array, "B K s J"], look: Look
+) -> Float[Array, "B K G t J"]:
     """Queries that end where the keys end."""
     batch, kv, group, length, size = q.shape
     rows = q.reshape(batch, kv, group * length, size)
-    scores = jnp.einsum("bkrh,bkhs->bkrs", rows, k, preferred_element_type=jnp.float32) * size**-0.5
-    last = jnp.arange(length) + k.shape[-1] - length
-    seen = (jnp.arange(k.shape[-1])[None] <= jnp.tile(last, group)[:, None])[None, None]
-    p = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1).astype(v.dtype)
-    return jnp.einsum("bkrs,bksh->bkrh", p, v).reshape(q.shape)
+    scores = jnp.einsum("bkrh,bkhs->bkrs", rows, k, preferred_element_type=jnp.float32)
+    at = jnp.arange(length) + k.shape[-1] - length
+    behind = at[:, None] - jnp.arange(k.shape[-1])[None]
+    p = look.probabilities(scores.reshape(batch, kv, group, length, -1), behind[None, None, None]).astype(v.dtype)
+    return jnp.einsum("bkrs,bksh->bkrh", p.reshape(batch, kv, group * length, -1), v).reshape(
+        batch, kv, group, length, -1)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from moejax.model.layers import ACTIVATIONS
 from moejax.model.router import Routing
 from moejax.parallel import collectives
 
@@ -22,16 +21,20 @@ BLOCKS = (512, 128)  # rows of one matmul of `blocked`: as many of the first as 
 
 
 class Experts(NamedTuple):
-    """The experts that live on this device; `activation` names an entry of ACTIVATIONS."""
+    """The experts that live on this device.  Over the tensor shards, biases of outputs add up to what they are."""
 
     up: Float[Array, "E D U F"]
     down: Float[Array, "E F D"]
-    activation: str
+    activation: Callable[[Array], Array]  # of ACTIVATIONS
+    biases: tuple[Float[Array, "E U F"], Float[Array, "E D"]] | None = None
 
     def __call__(self, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         h = jnp.einsum("ecd,edf->ecf", x, self.up.reshape(*self.up.shape[:2], -1))
         h = h.reshape(*h.shape[:2], *self.up.shape[2:])
-        return jnp.einsum("ecf,efd->ecd", ACTIVATIONS[self.activation](h), self.down)
+        if self.biases is None:
+            return jnp.einsum("ecf,efd->ecd", self.activation(h), self.down)
+        y = jnp.einsum("ecf,efd->ecd", self.activation(h + self.biases[0][:, None]), self.down)
+        return y + self.biases[1][:, None]
 
     def at_capacity(self, buffers: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same for buffers of all experts, each computed where it lives."""
@@ -79,7 +82,7 @@ def blocked(x: Float[Array, "R M D"], routing: Routing, seats: int, experts: Exp
     seat = jnp.sum(jnp.where(hit, before[:, None, None, :], 0), -1) + slot
     plan = Plan.make(seat, mine, mine.size + BLOCKS[-1])  # the last block of the last expert may reach past the end
     h = pack(rows.reshape(-1, size), plan)
-    h = run_blocks(h, experts.up, experts.down, begins, ends, experts.activation)
+    h = run_blocks(h, experts.up, experts.down, experts.biases, begins, ends, experts.activation)
     y = unpack(h, weight.reshape(rows.shape[0] * rows.shape[1], -1), plan)
     return collectives.deliver(y.reshape(rows.shape))
 
@@ -154,13 +157,14 @@ def unpack_backward(saved: tuple[Array, Array, Plan], grad: Array) -> tuple[Arra
 unpack.defvjp(lambda rows, weight, plan: (unpack(rows, weight, plan), (rows, weight, plan)), unpack_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def run_blocks(
     x: Float[Array, "Q D"], up: Float[Array, "E D U F"], down: Float[Array, "E F D"],
-    begins: Int[Array, " E"], ends: Int[Array, " E"], activation: str,
+    biases: tuple[Float[Array, "E U F"], Float[Array, "E D"]] | None,
+    begins: Int[Array, " E"], ends: Int[Array, " E"], activation: Callable[[Array], Array],
 ) -> Float[Array, "Q D"]:
     """Rows begins[e]:ends[e] through expert e; rows beyond the last end are left alone."""
-    return blocks_forward(x, up, down, begins, ends, activation)[0]
+    return blocks_forward(x, up, down, biases, begins, ends, activation)[0]
 
 
 def over_blocks(block: Callable[[Array, int, Any], Any], begin: Array, end: Array, rows: int, carry: Any) -> Any:
@@ -173,19 +177,20 @@ def over_blocks(block: Callable[[Array, int, Any], Any], begin: Array, end: Arra
 
 
 def blocks_forward(
-    x: Array, up: Array, down: Array, begins: Array, ends: Array, activation: str
+    x: Array, up: Array, down: Array, biases: Any, begins: Array, ends: Array, activation: Callable[[Array], Array]
 ) -> tuple[Array, Any]:
-    act = ACTIVATIONS[activation]
     gates = up.shape[2:]
 
     def expert(carry: Any, inputs: Any) -> tuple[Any, None]:
-        up, down, begin, end = inputs
+        up, down, biases, begin, end = inputs
 
         def block(at: Array, size: int, carry: Any) -> Any:
             # A block may reach into the next expert's rows: that expert, which comes later, writes them again.
             h, y = carry
             wide = lax.dynamic_slice_in_dim(x, at, size) @ up.reshape(up.shape[0], -1)
-            narrow = act(wide.reshape(size, *gates)) @ down
+            wide = wide if biases is None else wide + biases[0].reshape(1, -1)
+            narrow = activation(wide.reshape(size, *gates)) @ down
+            narrow = narrow if biases is None else narrow + biases[1][None]
             return (lax.dynamic_update_slice_in_dim(h, wide, at, 0),
                     lax.dynamic_update_slice_in_dim(y, narrow, at, 0))
 
@@ -193,35 +198,36 @@ def blocks_forward(
 
     h = jnp.zeros((x.shape[0], gates[0] * gates[1]), x.dtype)
     carry = collectives.match((h, jnp.zeros_like(x)), x, up, down, begins)
-    (h, y), _ = lax.scan(expert, carry, (up, down, begins, ends))
-    return y, (x, h, up, down, begins, ends)
+    (h, y), _ = lax.scan(expert, carry, (up, down, biases, begins, ends))
+    return y, (x, h, up, down, biases, begins, ends)
 
 
-def blocks_backward(activation: str, saved: Any, grad: Array) -> tuple[Array, Array, Array, None, None]:
-    x, h, up, down, begins, ends = saved
-    act = ACTIVATIONS[activation]
+def blocks_backward(activation: Callable[[Array], Array], saved: Any, grad: Array) -> tuple[Any, ...]:
+    x, h, up, down, biases, begins, ends = saved
 
     def expert(dx: Array, inputs: Any) -> tuple[Array, Any]:
-        up, down, begin, end = inputs
+        up, down, biases, begin, end = inputs
 
         def block(at: Array, size: int, carry: Any) -> Any:
-            dx, d_up, d_down = carry
+            dx, d_up, d_down, d_biases = carry
             mine = (at + jnp.arange(size) < end)[:, None]
             dy = jnp.where(mine, lax.dynamic_slice_in_dim(grad, at, size), 0)
             wide = lax.dynamic_slice_in_dim(h, at, size).reshape(size, *up.shape[1:])
-            a, back = jax.vjp(act, wide)
+            a, back = jax.vjp(activation, wide)
             dh = back(dy @ down.T)[0].reshape(size, -1)
+            if biases is not None:
+                d_biases = (d_biases[0] + jnp.sum(dh, 0).reshape(biases[0].shape), d_biases[1] + jnp.sum(dy, 0))
             rows = lax.dynamic_slice_in_dim(x, at, size)
             dx = lax.dynamic_update_slice_in_dim(dx, dh @ up.reshape(up.shape[0], -1).T, at, 0)
-            return dx, d_up + (rows.T @ dh).reshape(up.shape), d_down + a.T @ dy
+            return dx, d_up + (rows.T @ dh).reshape(up.shape), d_down + a.T @ dy, d_biases
 
-        start = collectives.match((jnp.zeros_like(up), jnp.zeros_like(down)), dx)
+        start = collectives.match(jax.tree.map(jnp.zeros_like, (up, down, biases)), dx)
         dx, *d_weights = over_blocks(block, begin, end, x.shape[0], (dx, *start))
         return dx, d_weights
 
     dx = collectives.match(jnp.zeros_like(x), x, h, grad, up, begins)
-    dx, (d_up, d_down) = lax.scan(expert, dx, (up, down, begins, ends))
-    return dx, d_up, d_down, None, None
+    dx, (d_up, d_down, d_biases) = lax.scan(expert, dx, (up, down, biases, begins, ends))
+    return dx, d_up, d_down, d_biases, None, None
 
 
 run_blocks.defvjp(blocks_forward, blocks_backward)

@@ -1,14 +1,15 @@
-"""The small parts of a layer: norms, activations, rotary positions, the dense MLP."""
+"""The small parts of a layer: norms, activations, the dense MLP."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from moejax import config as configs
 from moejax.model.weights import Weights, use
@@ -29,28 +30,24 @@ class Pass:
 
 
 class Norm(nnx.Module):
-    """RMSNorm (arXiv 1910.07467) or LayerNorm without bias (arXiv 1607.06450), computed in float32."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450), computed in float32."""
 
     def __init__(self, w: Weights, model: configs.Model):
         self.scale = w("norm", 1.0)
+        self.bias = w("norm", 0.0) if "norm" in model.biases else None
         self.eps, self.center = model.norm_eps, model.norm == "layernorm"
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         y = x.astype(jnp.float32)
         if self.center:
             y = y - jnp.mean(y, -1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        return (y * self.scale[...][None, None]).astype(x.dtype)
+        y = rms(y, self.eps) * self.scale[...][None, None]
+        return (y if self.bias is None else y + self.bias[...][None, None]).astype(x.dtype)
 
 
-def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
-    """Rotary position embedding (arXiv 2104.09864) on halves of the head: pair i turns by position × theta^(-2i/H)."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+def rms(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """x, float32, over the root of its mean square."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
 
 
 def gelu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
@@ -66,7 +63,21 @@ def geglu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
     return jax.nn.gelu(h[..., 0, :], approximate=True) * h[..., 1, :]
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "swiglu": swiglu, "geglu": geglu}
+def clamped_swiglu(h: Float[Array, "... U F"], slope: float, limit: float) -> Float[Array, "... F"]:
+    """GPT-OSS's: both halves are clamped, the sigmoid has a slope, and the second half starts at 1."""
+    gate, up = jnp.minimum(h[..., 0, :], limit), jnp.clip(h[..., 1, :], -limit, limit)
+    return gate * jax.nn.sigmoid(gate * slope) * (up + 1)
+
+
+ACTIVATIONS: dict[str, Callable[..., Array]] = {
+    "gelu": gelu, "swiglu": swiglu, "geglu": geglu, "clamped_swiglu": clamped_swiglu}
+
+
+@cache
+def activation(model: configs.Model) -> Callable[[Array], Array]:
+    """[… U F] -> [… F], equal for equal models."""
+    function = ACTIVATIONS[model.activation]
+    return partial(function, slope=model.clamp[0], limit=model.clamp[1]) if function is clamped_swiglu else function
 
 
 class MLP(nnx.Module):
@@ -75,11 +86,22 @@ class MLP(nnx.Module):
     def __init__(self, w: Weights, model: configs.Model):
         self.up = w("embed -> gate hidden")
         self.down = w("hidden -> embed")
-        self.activation = model.activation
+        biased = "mlp" in model.biases
+        self.up_bias, self.down_bias = (w("gate hidden", 0.0), w("norm", 0.0)) if biased else (None, None)
+        self.activation = activation(model)
 
     def __call__(self, x: Float[Array, "B T D"], run: Pass) -> Float[Array, "B T D"]:
-        h = jnp.einsum("btd,duf->btuf", x, use(self.up, run.dtype))
-        return jnp.einsum("btf,fd->btd", ACTIVATIONS[self.activation](h), use(self.down, run.dtype))
+        h = plus(jnp.einsum("btd,duf->btuf", x, use(self.up, run.dtype)), self.up_bias)
+        y = jnp.einsum("btf,fd->btd", self.activation(h), use(self.down, run.dtype))
+        return y if self.down_bias is None else y + collectives.once(self.down_bias[...].astype(y.dtype))[None, None]
+
+
+def plus(x: Float[Array, "..."], bias: Any) -> Float[Array, "..."]:
+    """x and a bias along its last dimensions, if there is one."""
+    if bias is None:
+        return x
+    value = bias[...].astype(x.dtype)
+    return x + value.reshape(*[1] * (x.ndim - value.ndim), *value.shape)
 
 
 class DenseLayer(nnx.Module):

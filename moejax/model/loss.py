@@ -4,6 +4,7 @@ No more than one chunk of logits ever exists, and the gradient is made in the fo
 the logits are not computed a second time (3 matmuls instead of 4).
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,33 +18,35 @@ CHUNK = 1024  # tokens
 
 
 def cross_entropy(
-    hidden: Float[Array, "N D"], weight: Float[Array, "D V"], targets: Int[Array, " N"], weights: Float[Array, " N"]
+    hidden: Float[Array, "N D"], weight: Float[Array, "D V"], targets: Int[Array, " N"], weights: Float[Array, " N"],
+    cap: float = 0.0,
 ) -> Float[Array, ""]:
     """Sum over tokens of weights × −log p(target), in nats; differentiable in `hidden` and `weight`.
 
     Args:
         weight: this tensor shard's columns; targets count over the whole vocabulary.
+        cap: logits are cap · tanh(logit / cap), of Gemma 2 (arXiv 2408.00118 section 2); 0 is off.
     """
     hidden, weight = collectives.match((hidden, weight), hidden, weight, weights)
-    return collectives.total(share(hidden, weight, targets, weights), ("tensor",))
+    return collectives.total(share(hidden, weight, targets, weights, cap), ("tensor",))
 
 
-@jax.custom_vjp
-def share(hidden: Array, weight: Array, targets: Array, weights: Array) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def share(hidden: Array, weight: Array, targets: Array, weights: Array, cap: float) -> Array:
     """An equal part of the loss for each tensor shard.
 
     The gradient of the sum of all shares, in this shard's copy of `hidden`, is what its own columns add to it.
     """
     def step(total: Array, chunk: Any) -> tuple[Array, None]:
-        return total + one_chunk(chunk[0], weight, *chunk[1:])[0], None
+        return total + one_chunk(chunk[0], weight, *chunk[1:], cap)[0], None
 
     zero = collectives.match(jnp.zeros((), jnp.float32), hidden)
     return lax.scan(step, zero, chunks(hidden, targets, weights))[0]
 
 
-def forward(hidden: Array, weight: Array, targets: Array, weights: Array) -> tuple[Array, Any]:
+def forward(hidden: Array, weight: Array, targets: Array, weights: Array, cap: float) -> tuple[Array, Any]:
     def step(carry: Any, chunk: Any) -> tuple[Any, Array]:
-        loss, error = one_chunk(chunk[0], weight, *chunk[1:])
+        loss, error = one_chunk(chunk[0], weight, *chunk[1:], cap)
         error = error.astype(hidden.dtype)
         d_hidden = jnp.einsum("nv,dv->nd", error, weight, preferred_element_type=jnp.float32)
         d_weight = jnp.einsum("nd,nv->dv", chunk[0], error, preferred_element_type=jnp.float32)
@@ -55,7 +58,7 @@ def forward(hidden: Array, weight: Array, targets: Array, weights: Array) -> tup
     return loss, (d_hidden, d_weight.astype(weight.dtype))
 
 
-def backward(saved: Any, grad: Array) -> tuple[Array, Array, None, None]:
+def backward(cap: float, saved: Any, grad: Array) -> tuple[Array, Array, None, None]:
     d_hidden, d_weight = ((grad * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
     return d_hidden, d_weight, None, None
 
@@ -77,9 +80,10 @@ def chunks(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array,
     return cut(hidden), cut(targets), cut(weights)
 
 
-def one_chunk(hidden: Array, weight: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+def one_chunk(hidden: Array, weight: Array, targets: Array, weights: Array, cap: float) -> tuple[Array, Array]:
     """The chunk's share of the loss, and the gradient of the loss in this shard's logits, [N V]."""
     logits = jnp.einsum("nd,dv->nv", hidden, weight, preferred_element_type=jnp.float32)
+    logits = cap * jnp.tanh(logits / cap) if cap else logits
     local = targets - collectives.index("tensor") * weight.shape[1]
     hit = jax.nn.one_hot(local, weight.shape[1], dtype=bool)
     peak = collectives.highest(jnp.max(logits, -1))
@@ -87,4 +91,5 @@ def one_chunk(hidden: Array, weight: Array, targets: Array, weights: Array) -> t
     total, mine = collectives.total((jnp.sum(exp, -1), jnp.sum(jnp.where(hit, logits, 0), -1)), ("tensor",))
     loss = jnp.sum(weights * (jnp.log(total) + peak - mine)) / lax.axis_size("tensor")
     error = (exp / total[:, None] - hit.astype(exp.dtype)) * weights[:, None]
+    error = error * (1 - jnp.square(logits / cap)) if cap else error
     return collectives.match(loss, logits), collectives.match(error, logits)

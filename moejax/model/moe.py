@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from moejax import config as configs
 from moejax.model.dispatch import DISPATCHERS, Experts
-from moejax.model.layers import MLP, Pass
+from moejax.model.layers import MLP, Pass, activation, plus
 from moejax.model.router import Losses, Routing, capacity, route
 from moejax.model.weights import Bias, Weights, use
 from moejax.parallel import collectives
@@ -22,8 +22,13 @@ class MoELayer(nnx.Module):
         self.bias = w("choice", 0.0, Bias)
         self.up = experts("expert: embed -> gate hidden")
         self.down = experts("expert: hidden -> embed")
-        self.shared = MLP(w.sized(hidden=moe.shared * moe.hidden), model) if moe.shared else None
-        self.moe, self.activation = moe, model.activation
+        biased = "experts" in model.biases
+        self.up_bias, self.down_bias = (
+            (experts("expert gate hidden", 0.0), experts("expert norm", 0.0)) if biased else (None, None))
+        self.router_bias = w("choice", 0.0) if "router" in model.biases else None
+        self.shared = MLP(w.sized(hidden=moe.shared), model) if moe.shared else None
+        self.shared_gate = w("embed -> one") if moe.shared_gate else None
+        self.moe, self.activation = moe, activation(model)
 
     def __call__(self, x: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses]]:
         inside = collectives.enter(x, run.sequence)
@@ -33,11 +38,17 @@ class MoELayer(nnx.Module):
         batch, tokens, size = seen.shape
         group = min(self.moe.group or tokens, tokens) if run.drop else tokens
         routing, losses, seats = self.decide(seen.reshape(-1, group, size), run)
-        experts = Experts(use(self.up, run.dtype), use(self.down, run.dtype), self.activation)
+        biases = None if self.up_bias is None else (
+            self.up_bias[...].astype(run.dtype), collectives.once(self.down_bias[...].astype(run.dtype)))
+        experts = Experts(use(self.up, run.dtype), use(self.down, run.dtype), self.activation, biases)
         y = DISPATCHERS[self.moe.dispatcher](inside.reshape(-1, group, size), routing, seats, experts)
         y = y.reshape(batch, tokens, size)
         if self.shared is not None:
-            y = y + self.shared(inside, run)
+            shared = self.shared(inside, run)
+            if self.shared_gate is not None:
+                gate = jnp.einsum("btd,dz->btz", inside, use(self.shared_gate, run.dtype))
+                shared = shared * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(run.dtype)
+            y = y + shared
         per_sequence = Routing(*(part.reshape(batch, tokens, -1) for part in routing))
         return collectives.leave(y, run.sequence), (per_sequence, losses)
 
@@ -45,7 +56,7 @@ class MoELayer(nnx.Module):
         h = x.astype(jnp.float32)
         if run.training and self.moe.jitter:
             h = h * self.noise(h, run)
-        logits = jnp.einsum("rmd,de->rme", h, use(self.router, jnp.float32))
+        logits = plus(jnp.einsum("rmd,de->rme", h, use(self.router, jnp.float32)), self.router_bias)
         seats = capacity(self.moe, x.shape[1], run.training) if run.drop else x.shape[1]
         routing, losses = route(logits, self.bias[...], self.moe, seats)
         return routing, losses, seats

@@ -32,6 +32,7 @@ class Losses(NamedTuple):
 
     balance: Float[Array, ""]
     z: Float[Array, ""]
+    share: Float[Array, " E"]  # mean of the router's scores
     load: Float[Array, " E"]  # choices of each expert, before capacity
     dropped: Float[Array, ""]  # choices that found no seat
 
@@ -96,6 +97,25 @@ def sigmoid(
     return expert, normalise(weight, moe), scores / jnp.sum(scores, -1, keepdims=True)
 
 
+def sparsemixer(
+    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
+) -> tuple[Array, Array, Array]:
+    """The best expert, then the best of the others, each weighed by a softmax over those close to it: SparseMixer
+    (arXiv 2409.12136) as it runs without noise; the weights do not sum to 1.
+
+    Here it trains so as well: without the paper's sampling and its estimate of the gradient.
+    """
+    left, chosen, weights = logits, [], []
+    for _ in range(moe.active):
+        best = jnp.argmax(jax.lax.stop_gradient(left), -1).astype(jnp.int32)[..., None]
+        top_ = pick(jax.lax.stop_gradient(left), best)
+        far = (top_ - logits) / jnp.maximum(jnp.abs(logits), top_) > 2 * moe.mixer_gap
+        weights.append(pick(jax.nn.softmax(jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left), -1), best))
+        chosen.append(best)
+        left = jnp.where(jax.nn.one_hot(best[..., 0], logits.shape[-1], dtype=bool), -jnp.inf, left)
+    return (jnp.concatenate(chosen, -1), jnp.concatenate(weights, -1) * moe.scale, jax.nn.softmax(logits, -1))
+
+
 def expert_choice(
     logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
 ) -> tuple[Array, Array, Array]:
@@ -108,7 +128,7 @@ def expert_choice(
 
 
 ROUTERS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
-    "topk": topk, "sigmoid": sigmoid, "expert_choice": expert_choice}
+    "topk": topk, "sigmoid": sigmoid, "sparsemixer": sparsemixer, "expert_choice": expert_choice}
 
 
 def top(scores: Float[Array, "R M E"], k: int) -> tuple[Float[Array, "R M A"], Int[Array, "R M A"]]:
@@ -181,12 +201,13 @@ def losses(
     hit = jax.nn.one_hot(routing.expert, moe.experts, dtype=bool) & chosen[..., None]
     count = jnp.sum(hit, (1, 2)).astype(jnp.float32)  # R E
     total = jnp.sum(count, -1, keepdims=True)
-    share, mean = count / total, jnp.mean(scores, 1)
+    part, mean = count / total, jnp.mean(scores, 1)
     if moe.balance_scope == "batch":
         choices, every = collectives.total((jnp.sum(count, 0), jnp.sum(total)), BATCH)
-        share, mean = (choices / every)[None], collectives.mean(jnp.mean(mean, 0, keepdims=True))
+        part, mean = (choices / every)[None], collectives.mean(jnp.mean(mean, 0, keepdims=True))
     # Also over the whole batch it is this device's part of a mean over devices.
-    balance = collectives.match(moe.experts * jnp.mean(jnp.sum(share * mean, -1)), scores)
+    balance = collectives.match(moe.experts * jnp.mean(jnp.sum(part * mean, -1)), scores)
     z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, -1)))
+    share = jax.lax.stop_gradient(jnp.mean(scores, (0, 1)))
     dropped = jnp.sum((chosen & ~routing.kept).astype(jnp.float32))
-    return Losses(balance, z, jnp.sum(count, 0), dropped)
+    return Losses(balance, z, share, jnp.sum(count, 0), dropped)

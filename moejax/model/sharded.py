@@ -79,13 +79,13 @@ class Sharded:
         def device(values: dict[str, Array], tokens: Array) -> Output:
             model, run = self.build(values), self.run(sequence=False, remat="none")
             output, _ = model(tokens, run)
-            losses = output.losses and Losses(*collectives.mean(output.losses[:2]),
-                                              *collectives.total(output.losses[2:], axes.BATCH))
+            losses = output.losses and Losses(*collectives.mean(output.losses[:3]),
+                                              *collectives.total(output.losses[3:], axes.BATCH))
             return output._replace(logits=model.logits(output.hidden, run), losses=losses)
 
         experts = "M" in self.config.model.layer_kinds()
         out = Output(P(*rows, None, "tensor"), rows, Routing(*[stacked] * 4) if experts else None,
-                     Losses(*[P()] * 4) if experts else None)
+                     Losses(*[P()] * 5) if experts else None)
         return jax.jit(self.program(device, (rows,), out))
 
     def flops_per_token(self) -> float:

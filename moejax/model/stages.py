@@ -40,7 +40,7 @@ class Stages:
     def __init__(self, config: Config):
         mesh, model = config.mesh, config.model
         self.stages, self.chunks = mesh.pipeline, mesh.chunks
-        kinds, ends = model.layer_kinds(), np.cumsum([0, *layer_counts(model.layers, mesh)])
+        kinds, ends = model.layer_letters(), np.cumsum([0, *layer_counts(model.layers, mesh)])
         parts = [kinds[begin:end] for begin, end in itertools.pairwise(ends)]
         line = shortest_line(parts)
         numbers = np.full((len(parts), len(line)), -1)
@@ -50,7 +50,7 @@ class Stages:
         self.model = transformer.cut(model, line)
         self.module = transformer.abstract(self.model)
         self.complete = bool(np.all(numbers >= 0))
-        self.moe_slots = [slot for slot, kind in enumerate(line) if kind == "M"]
+        self.moe_slots = [slot for slot, kind in enumerate(line) if kind in "Mm"]
         self.splits: dict[str, int | None] = {}
         self.homes = self.find_homes(transformer.stacks(model))
 

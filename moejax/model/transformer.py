@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from moejax import config as configs
 from moejax.model import cache as caches
-from moejax.model.attention import Attention
+from moejax.model.attention import Attention, LatentAttention
 from moejax.model.cache import Cache
 from moejax.model.layers import DenseLayer, Norm, Pass
 from moejax.model.moe import MoELayer
@@ -36,15 +36,17 @@ class Block(nnx.Module):
 
     def __init__(self, w: Weights, model: configs.Model, kind: str):
         self.attention_norm = Norm(w, model)
-        self.attention = Attention(w, model)
+        attention = LatentAttention if model.latent else Attention
+        self.attention = attention(w, model, model.window if kind.islower() else None)
         self.feed_norm = Norm(w, model)
-        self.feed = FEEDS[kind](w, model)
+        self.feed = FEEDS[kind.upper()](w, model)
+        self.scale = model.multipliers[1] if model.multipliers else 1.0
 
     def __call__(self, x: Array, positions: Array, run: Pass, cache: Cache | None) -> tuple[Array, Cache | None, Any]:
         y, cache = self.attention(self.attention_norm(x), positions, run, cache)
-        x = x + y
+        x = x + (y if self.scale == 1 else y * self.scale)
         y, decisions = self.feed(self.feed_norm(x), run)
-        return x + y, cache, decisions
+        return x + (y if self.scale == 1 else y * self.scale), cache, decisions
 
 
 class Transformer(nnx.Module):
@@ -57,6 +59,7 @@ class Transformer(nnx.Module):
             nnx.List([Block(w.layers(repeats), model, kind) for kind in unit]) for unit, repeats in runs(model)])
         self.norm = Norm(w, model)
         self.head = None if model.tied else w("embed -> vocab")
+        self.head_bias = w("vocab", 0.0) if "head" in model.biases else None
         self.model = model
 
     def __call__(
@@ -103,15 +106,32 @@ class Transformer(nnx.Module):
         local = tokens - collectives.index("tensor") * table.shape[0]
         here = (local >= 0) & (local < table.shape[0])
         x = jnp.where(here[..., None], jnp.take(table, jnp.where(here, local, 0), axis=0), 0)
+        if self.model.multipliers:
+            x = x * self.model.multipliers[0]
         return collectives.leave(x, run.sequence)
 
-    def output_weight(self, dtype: Any) -> Float[Array, "D V"]:
-        return use(self.embedding, dtype).T if self.head is None else use(self.head, dtype)
+    def output(self, hidden: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+        """Two factors of this tensor shard's part of the logits.  A bias is a last row, for a last entry of 1."""
+        hidden = collectives.enter(hidden, run.sequence)
+        weight = use(self.embedding, run.dtype).T if self.head is None else use(self.head, run.dtype)
+        if self.model.multipliers:
+            hidden = hidden * self.model.multipliers[3]
+        if self.head_bias is not None:
+            ones = collectives.match(jnp.ones((*hidden.shape[:2], 1), hidden.dtype), hidden)
+            hidden = jnp.concatenate([hidden, ones], -1)
+            weight = jnp.concatenate([weight, self.head_bias[...].astype(weight.dtype)[None]])
+        return hidden, weight
+
+    @property
+    def cap(self) -> float:
+        """Soft cap of the logits; 0 is none."""
+        return self.model.caps[1] if self.model.caps else 0.0
 
     def logits(self, hidden: Float[Array, "B t D"], run: Pass) -> Float[Array, "B T V"]:
         """This tensor shard's part of the vocabulary, float32."""
-        w = self.output_weight(run.dtype)
-        return jnp.einsum("btd,dv->btv", collectives.enter(hidden, run.sequence), w, preferred_element_type=jnp.float32)
+        hidden, weight = self.output(hidden, run)
+        logits = jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32)
+        return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
 
     def cache(self, batch: int, length: int, dtype: Any) -> list[list[Cache]]:
         """Empty caches for `batch` sequences of up to `length` tokens on this device."""
@@ -171,7 +191,7 @@ def runs(model: configs.Model) -> list[tuple[str, int]]:
 
     A unit has at most 8 layers; cost counts the letters that are compiled.
     """
-    kinds = model.layer_kinds()
+    kinds = model.layer_letters()
     best: list[tuple[int, list[tuple[str, int]]]] = [(0, [])]
     for end in range(1, len(kinds) + 1):
         options = []

@@ -1,9 +1,10 @@
 """Weights, and the one legend of letters and axes for the whole package.
 
 Letters in shapes: B sequences, T tokens of a sequence, S key positions, D d_model, N query heads, K KV heads,
-G query heads per KV head, H head_dim, F hidden width, U gate (1 matrix into the hidden layer, or 2), V vocabulary,
-E experts, A active experts of a token, R routing groups, M tokens of a routing group, C capacity (seats of an expert
-in a group), Q seats of a dispatch, L layers.  t is T, or this tensor shard's slice of it between blocks.
+G query heads per KV head, H head_dim, J entries of a value, F hidden width, U gate (1 matrix into the hidden layer,
+or 2), V vocabulary, E experts, A active experts of a token, R routing groups, M tokens of a routing group, C capacity
+(seats of an expert in a group), Q seats of a dispatch, L layers.  t is T, or this tensor shard's slice of it between
+blocks.
 Inside the model all of them are the sizes on one device.
 
 One string says all about a weight: `w("expert: embed -> gate hidden")` has batch axes before the colon, the axes
@@ -40,6 +41,7 @@ class Weights:
             "embed": model.d_model, "norm": model.d_model, "heads": model.heads, "kv": model.kv_heads,
             "head": model.head_dim, "hidden": model.hidden, "vocab": model.vocab,
             "gate": 1 if model.activation == "gelu" else 2, "expert": model.moe.experts, "choice": model.moe.experts,
+            "one": 1,
         }
 
     def layers(self, count: int) -> "Weights":

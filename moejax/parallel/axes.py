@@ -23,6 +23,11 @@ RULES: dict[str, str | None] = {
     "expert": "expert",
     "choice": None,  # the router's output: every device decides alike
     "norm": None,
+    "queries": None,  # ranks and parts of latent attention
+    "keys": None,
+    "mixed": None,
+    "both": None,
+    "one": None,
 }
 
 

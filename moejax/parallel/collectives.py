@@ -159,6 +159,11 @@ def mean(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def once(x: Array) -> Array:
+    """What all tensor shards have alike, on the first and zeros on the others: a part of a sum over `tensor`."""
+    return jnp.where(lax.axis_index("tensor") == 0, x, 0) if lax.axis_size("tensor") > 1 else x
+
+
 def agree(tree: Any) -> Any:
     """Values that all tensor shards computed alike, typed as equal; a gradient then counts once."""
     return jax.tree.map(lambda x: lax.pmean(x, "tensor") if "tensor" in varying(x) else x, tree)

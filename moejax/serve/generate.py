@@ -25,10 +25,10 @@ BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are
 
 
 def generate_tokens(
-    sharded: Sharded, weights: dict[str, Array], prompts: Sequence[Sequence[int]], new: int, end: int | None = None,
+    sharded: Sharded, weights: dict[str, Array], prompts: Sequence[Sequence[int]], new: int, ends: Sequence[int] = (),
     temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
 ) -> list[list[int]]:
-    """Up to `new` tokens after each prompt, without the prompt; a sequence stops after `end`.
+    """Up to `new` tokens after each prompt, without the prompt; a sequence stops after any of `ends`.
 
     Raises:
         ConfigError: an empty prompt, wrong sampling values, or a router that looks ahead.
@@ -44,10 +44,10 @@ def generate_tokens(
         lengths[i] = len(prompt)
     index = np.arange(count, dtype=np.int32)
     inputs = on_mesh(sharded.mesh, (tokens, lengths, index))
-    stop = jnp.int32(-1 if end is None else end)
+    stop = jnp.array(tuple(ends) or (-1,), jnp.int32)  # no token is -1
     options = (jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), stop)
     out = np.asarray(program(sharded, new)(weights, *inputs, *options))[: len(prompts)].tolist()
-    return [row[: row.index(end) + 1] if end in row else row for row in out]
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), new)] for row in out]
 
 
 def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperature: float, top_p: float) -> None:
@@ -70,11 +70,11 @@ def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperat
 
 @lru_cache(maxsize=8)
 def program(sharded: Sharded, new: int) -> Any:
-    """jitted (weights, tokens "B T", lengths " B", index " B", options) -> tokens "B new"; after the end, `end`."""
+    """jitted (weights, tokens "B T", lengths " B", index " B", options) -> tokens "B new"; after an end, ends[0]."""
     row = rows(sharded.mesh.shape)
 
     def device(values: dict[str, Array], tokens: Int[Array, "B T"], lengths: Int[Array, " B"], index: Int[Array, " B"],
-               temperature: Array, top_p: Array, key: Array, end: Array) -> Int[Array, "B new"]:
+               temperature: Array, top_p: Array, key: Array, ends: Array) -> Int[Array, "B new"]:
         model = sharded.build(values)
         run = sharded.run(sequence=False, remat="none", drop=False)
         batch, length = tokens.shape
@@ -84,6 +84,9 @@ def program(sharded: Sharded, new: int) -> Any:
             logits = collectives.everywhere(model.logits(hidden[:, None], run)[:, 0], 1)
             return sample(logits, temperature, top_p, jax.vmap(jax.random.fold_in)(keys, positions))
 
+        def over(token: Array) -> Array:
+            return (token[:, None] == ends).any(-1).astype(jnp.int32)
+
         def more(carry: Any) -> Array:
             i, _, ended, _, _ = carry
             return (i < new) & (collectives.total(jnp.sum(1 - ended), ("data", "fsdp", "expert")) > 0)
@@ -92,17 +95,17 @@ def program(sharded: Sharded, new: int) -> Any:
             i, last, ended, out, cache = carry
             at = lengths + i - 1
             output, cache = model(last[:, None], run, at[:, None], cache)
-            token = jnp.where(ended == 1, end, choose(output.hidden[:, 0], at + 1))
-            return i + 1, token, ended | (token == end), out.at[:, i].set(token), cache
+            token = jnp.where(ended == 1, ends[0], choose(output.hidden[:, 0], at + 1))
+            return i + 1, token, ended | over(token), out.at[:, i].set(token), cache
 
         # Keys and values vary over `tensor` where heads are split, even before anything is written.
         empty = collectives.vary(collectives.match(model.cache(batch, length + new, run.dtype), tokens), ("tensor",))
-        starts = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+        # What pads a prompt has the place of its last token: scalings of positions look at how far a sequence goes.
+        starts = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], lengths[:, None] - 1)
         output, cache = model(tokens, run, starts, empty)
         final = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], 1)[:, 0]
         first = choose(final, lengths)
-        out = collectives.match(jnp.full((batch, new), end, jnp.int32), tokens).at[:, 0].set(first)
-        ended = (first == end).astype(jnp.int32)
-        return lax.while_loop(more, decode, (1, first, ended, out, cache))[3]
+        out = collectives.match(jnp.full((batch, new), ends[0], jnp.int32), tokens).at[:, 0].set(first)
+        return lax.while_loop(more, decode, (1, first, over(first), out, cache))[3]
 
     return jax.jit(sharded.program(device, (row, row, row, P(), P(), P(), P()), row))

@@ -25,7 +25,7 @@ def open_run(run: str) -> ocp.CheckpointManager:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise ConfigError([f"a run folder holds a config.json; {run} has none; give the run_dir of a training run"])
-    folder = folder_of(configs.from_json(path.read_text()), run)
+    folder = folder_of(configs.from_json(path.read_text()).checkpoint, run)
     manager = open_manager(folder, None) if folder.is_dir() else None
     if manager is None or not manager.all_steps():
         raise ConfigError([f"a run folder holds checkpoints; {run} has none; train it first"])

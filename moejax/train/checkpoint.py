@@ -31,6 +31,7 @@ from moejax import config as configs
 from moejax.config import Config, ConfigError
 from moejax.model.sharded import Sharded
 from moejax.parallel import processes
+from moejax.parallel.memory import host_array
 from moejax.train.fault import tell
 from moejax.train.state import State
 
@@ -39,7 +40,6 @@ AT_ONCE = 1 << 28  # bytes
 PARTS, LARGE = 8, 1 << 16
 # Of errors that are not the fault of what is read.
 NOT_DAMAGE = ("out of memory", "resource_exhausted", "permission_denied", "unauthenticated", "unavailable")
-ALIGN = 64  # bytes
 ASIDE = "aside"  # the subfolder for checkpoints that a run must not read again
 
 
@@ -185,9 +185,9 @@ def differences(there: Config, here: Config) -> list[str]:
             if old[name][1] != new[name][1] and not name.startswith(FREE)]
 
 
-def folder_of(config: Config, run_dir: str | Path) -> epath.Path:
+def folder_of(rules: configs.Checkpoint, run_dir: str | Path) -> epath.Path:
     """Where the checkpoints of a run lie.  Raises ConfigError where a library for such paths is missing."""
-    folder = epath.Path(config.checkpoint.folder or Path(run_dir).absolute() / "checkpoints")
+    folder = epath.Path(rules.folder or Path(run_dir).absolute() / "checkpoints")
     try:
         folder.exists()
     except ImportError as error:
@@ -260,7 +260,7 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
         store = stores[name].result()
         for index in target.sharding.addressable_devices_indices_map(target.shape).values():
             if (name, str(index)) not in shards:
-                memory = aligned(target.sharding.shard_shape(target.shape), target.dtype)
+                memory = host_array(target.sharding.shard_shape(target.shape), target.dtype)
                 shards[name, str(index)] = memory
                 reads.append(ts.array(memory).write(store[index]))
     for each in reads:
@@ -269,14 +269,6 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
         jax.device_put(shards[name, str(index)], device)
         for device, index in target.sharding.addressable_devices_indices_map(target.shape).items()])
         for name, target in targets.items()}
-
-
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory that a CPU device uses as it is."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGN, np.uint8)
-    begin = -memory.ctypes.data % ALIGN
-    return memory[begin:begin + size].view(dtype).reshape(shape)
 
 
 def portions(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
@@ -318,7 +310,7 @@ class Checkpoints:
 
     def __init__(self, config: Config, say: Callable[[str], None] = tell):
         self.config, self.say = config, say
-        self.folder = folder_of(config, config.run_dir)
+        self.folder = folder_of(config.checkpoint, config.run_dir)
         self.open()
         self.saving: int | None = None  # the step that is being written
         self.again, self.patience = 0, 0  # after a failure: the step of the next attempt, and steps between attempts
@@ -337,7 +329,9 @@ class Checkpoints:
 
     def save(self, state: State, position: Position) -> None:
         """Begin to write the state after position.step steps.  A failure is told, and tried again later."""
-        arrays = flat(state)
+        self.begin(flat(state), position)
+
+    def begin(self, arrays: dict[str, Array], position: Position) -> None:
         make = maker(self.config, position, arrays, checksums(arrays))  # which the devices compute meanwhile
         try:
             self.settle()
@@ -476,13 +470,30 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def restore_weights(run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell) -> dict[str, Array]:
+def write_weights(config: Config, weights: dict[str, Array]) -> None:
+    """A checkpoint of weights alone, at step 0.
+
+    Raises:
+        SaveFailed: it could not be written.
+    """
+    checkpoints = Checkpoints(config)
+    checkpoints.begin({f"weights/{name}": value for name, value in weights.items()}, Position(0, 0))
+    checkpoints.close()
+    if checkpoints.newest() != 0:
+        raise SaveFailed(f"the weights could not be written to {checkpoints.folder}; make room and try again")
+
+
+def restore_weights(
+    run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell, rules: configs.Checkpoint | None = None
+) -> dict[str, Array]:
     """The newest good weights of a run, on any mesh.
 
+    Args:
+        rules: the run's own, where they are not those of the model's config.
     Raises:
         ConfigError: the run has no complete checkpoint, or none that is good.
     """
-    folder = folder_of(sharded.config, run_dir)
+    folder = folder_of(rules or sharded.config.checkpoint, run_dir)
     targets = {f"weights/{name}": jax.ShapeDtypeStruct(sharded.shapes[name], jnp.float32, sharding=place)
                for name, place in sharded.shardings.items()}
     found = None

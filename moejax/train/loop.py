@@ -24,12 +24,13 @@ from moejax.data.loader import (
     unigram_loss,
     validation_batches,
 )
+from moejax.data.tokenizer import TOKENIZER_FILE, tokenizer_files
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
 from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
-from moejax.train.checkpoint import Checkpoints, Position, differences, first_line
+from moejax.train.checkpoint import Checkpoints, Position, differences, first_line, restore_weights
 from moejax.train.evaluate import validation_loss
 from moejax.train.fault import Stop, Watchdog, tell
 from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
@@ -81,7 +82,8 @@ def train(config: Config) -> dict[str, Any]:
         keep(config, run_dir)
         checkpoints = stack.enter_context(closing(Checkpoints(config, tell)))
         layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
-        state, position = checkpoints.restore(*layout) or (states.fresh(sharded, optimizer), Position(0, 0))
+        state, position = checkpoints.restore(*layout) or (
+            states.fresh(sharded, optimizer, beginning(sharded)), Position(0, 0))
         describe(config, sharded, run_dir)
         meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)
         processes.barrier("restored")  # the log is cut back from here on
@@ -174,9 +176,21 @@ def together(step: Any, *args: Any) -> Any:
 def shared_corpus(config: Config) -> Corpus:
     """The first process of a group fills the cache; the others read it."""
     if processes.first():
-        corpus = open_corpus(config.data)
+        corpus = open_corpus(config.data, config.model.vocab)
     processes.barrier("text")
-    return corpus if processes.first() else open_corpus(config.data)
+    return corpus if processes.first() else open_corpus(config.data, config.model.vocab)
+
+
+def beginning(sharded: Sharded) -> dict[str, Any] | None:
+    """The weights of train.init, if it names a run.  Raises ConfigError as `restore_weights`."""
+    init = sharded.config.train.init
+    if not init:
+        return None
+    path = Path(init) / "config.json"
+    if not path.is_file():
+        raise ConfigError([f"train.init names a run folder, which holds a config.json; {init} has none; a Hugging Face "
+                           "checkpoint is made one by moejax import"])
+    return restore_weights(Path(init), sharded, rules=configs.from_json(path.read_text()).checkpoint)
 
 
 def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Position, record: dict[str, Any],
@@ -240,9 +254,20 @@ def claim(config: Config) -> Path:
 
 
 def keep(config: Config, run_dir: Path) -> None:
-    """Write config.json: from now on the folder is this config's.  Raises ConfigError where it cannot be written."""
+    """Write config.json, from when on the folder is this config's, and the files of its tokenizer.
+
+    Raises:
+        ConfigError: they cannot be written, or the run began with another tokenizer.
+    """
+    files = tokenizer_files(config.data.tokenizer)
+    kept = run_dir / TOKENIZER_FILE
     try:
+        if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
+            raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
+                               f"of {kept}; put that one back, or set run_dir to a new folder"])
         put(run_dir / "config.json", configs.to_json(config))
+        for name, text in files.items():
+            put(run_dir / name, text)
     except OSError as error:
         raise unwritable(run_dir, error) from None
 
@@ -256,7 +281,7 @@ def put(path: Path, text: str) -> None:
     """Write a file whole or not at all, in the first process of a group."""
     if processes.first():
         fresh = path.with_name(f"{path.name}.tmp")
-        fresh.write_text(text)
+        fresh.write_text(text, "utf-8")
         os.replace(fresh, path)
 
 

@@ -56,9 +56,9 @@ def objective(sharded: Sharded, weights: dict[str, Array], batch: Batch, tokens:
 
 def text_loss(model: Transformer, hidden: Array, batch: Batch, run: Pass) -> Array:
     """Sum over this device's tokens, in nats."""
-    hidden = collectives.enter(hidden, run.sequence)
-    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.output_weight(run.dtype),
-                         batch.targets.reshape(-1), batch.weights.reshape(-1))
+    hidden, weight = model.output(hidden, run)
+    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, batch.targets.reshape(-1),
+                         batch.weights.reshape(-1), model.cap)
 
 
 def router_cost(losses: Losses | None, share: float, sharded: Sharded) -> tuple[Array, Figures]:

@@ -64,7 +64,7 @@ def verify(config: Config, steps: int = 2) -> dict[str, Any]:
     devices = max(config.mesh.fake_devices, 8)
     meshes.start(dataclasses.replace(config.mesh, fake_devices=devices))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute="float32"))
-    samples = Samples(open_corpus(config.data).train, config.data.sequence, config.data.seed)
+    samples = Samples(open_corpus(config.data, config.model.vocab).train, config.data.sequence, config.data.seed)
     batches = [train_batch(samples, config.data.batch, i) for i in range(steps)]
     cases = layouts(config, devices)
     if not cases:

@@ -222,18 +222,6 @@ def test_what_decides_the_tokens_decides_the_cache(config, tmp_path):
     assert not open_corpus(config).cached and open_corpus(config).cached
 
 
-def test_a_large_vocabulary_takes_four_bytes(tmp_path, monkeypatch):
-    class Wide:
-        size, eot = 70_001, 70_000
-
-        def encode(self, text: str) -> np.ndarray:
-            return np.full(len(text), 69_999)
-
-    monkeypatch.setitem(loader.TOKENIZERS, "bytes", Wide)
-    corpus = open_corpus(data(tmp_path, write(tmp_path / "text", {"a": "xy"})))
-    assert corpus.train.dtype == np.uint32 and corpus.train[:].tolist() == [69_999, 69_999, 70_000]
-
-
 def in_validation(seed: int, name: str, text: str, share: float) -> bool:
     digest = hashlib.blake2b(f"{seed}\0{name}\0{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < share
@@ -336,12 +324,12 @@ def test_a_run_killed_while_it_tokenizes_leaves_nothing_that_is_read(config, tmp
 import os, signal
 from moejax.config import Data
 from moejax.data import loader
-class Killer(loader.TOKENIZERS["bytes"]):
+class Killer(loader.ByteTokenizer):
     def encode(self, text):
         if len(text) == 30:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(text)
-loader.TOKENIZERS["bytes"], loader.CHUNK = Killer, 1
+loader.open_tokenizer, loader.CHUNK, loader.LETTERS = lambda *_: Killer(), 1, 1
 loader.open_corpus({config!r})
 """
     assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -signal.SIGKILL

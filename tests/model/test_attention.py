@@ -35,6 +35,10 @@ def positions(length: int):
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
 
 
+def look(q, **options) -> attention.Look:
+    return attention.Look(q.shape[-1]**-0.5, **options)
+
+
 def both(length: int, heads: int, kv: int):
     """Outputs and gradients of `blocked` and of `plain`."""
     def run(function):
@@ -43,14 +47,14 @@ def both(length: int, heads: int, kv: int):
 
     q, k, v = qkv(length, heads, kv)
     upstream = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
-    plain = jax.jit(lambda: run(lambda q, k, v: attention.plain(q, k, v, positions(length))))
-    return jax.jit(lambda: run(attention.blocked))(), plain()
+    plain = jax.jit(lambda: run(lambda q, k, v: attention.plain(q, k, v, positions(length), look(q))))
+    return jax.jit(lambda: run(lambda q, k, v: attention.blocked(q, k, v, look(q))))(), plain()
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_plain_attention_is_the_loop(name: str):
     q, k, v = qkv(7, *HEADS[name])
-    np.testing.assert_allclose(attention.plain(q, k, v, positions(7)), loop(q, k, v), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(attention.plain(q, k, v, positions(7), look(q)), loop(q, k, v), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "name"), [
@@ -64,9 +68,9 @@ def test_long_sequences_have_eight_blocks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "SMALLEST", 2)
     found, one_block = [], attention.one_block
 
-    def recorded(q, k, v):
+    def recorded(q, k, v, look):
         found.append((q.shape[3], k.shape[3]))
-        return one_block(q, k, v)
+        return one_block(q, k, v, look)
 
     monkeypatch.setattr(attention, "one_block", recorded)
     for got, want in zip(*both(43, 6, 2), strict=True):
@@ -75,7 +79,7 @@ def test_long_sequences_have_eight_blocks(monkeypatch: pytest.MonkeyPatch):
     assert found[:8] == [(6, 6), (6, 12), (6, 18), (6, 24), (6, 30), (6, 36), (6, 42), (1, 43)]
 
 
-jitted = jax.jit(attention.blocked)
+jitted = jax.jit(lambda q, k, v: attention.blocked(q, k, v, look(q)))
 
 
 @pytest.mark.parametrize("t", [0, 1, 63, 64, 65, 96])
@@ -93,7 +97,7 @@ def test_scores_are_float32_in_bfloat16():
     k = k.at[0, 1, 0, 0].set(8.0625)  # scores 16 × 8 × 4 / 2 = 256 and 256.5
     v = jnp.asarray([0, 1], jnp.bfloat16).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 4), jnp.bfloat16)
     want = 1 / (1 + np.exp(-.5))
-    for y in (attention.blocked(q, k, v), attention.plain(q, k, v, positions(2)[:1])):
+    for y in (attention.blocked(q, k, v, look(q)), attention.plain(q, k, v, positions(2)[:1], look(q))):
         np.testing.assert_allclose(np.asarray(y, np.float32)[0, 1, 0], want, rtol=2**-8)
 
 

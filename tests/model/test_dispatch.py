@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import config as configs
 from moejax.model import dispatch, router
 from moejax.model.dispatch import DISPATCHERS, Experts
+from moejax.model.layers import swiglu
 from moejax.parallel import collectives
 from moejax.parallel.mesh import make_mesh
 
@@ -72,7 +73,7 @@ def compiled(name: str, seats: int, mesh: configs.Mesh = ONE, blocks: tuple[int,
     def run(x, up, down, upstream, routing):
         def device(x, up, down, weight, expert, slot, kept):
             parts = DISPATCHERS[name](collectives.enter(x, False), router.Routing(expert, weight, slot, kept), seats,
-                                      Experts(up, down, "swiglu"))
+                                      Experts(up, down, swiglu))
             return collectives.leave(parts, False)
 
         def many(x, up, down, weight):

@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 from moejax import config as configs
 from moejax.model import layers, weights
 from moejax.model.layers import ACTIVATIONS, Pass
+from moejax.model.rotary import rotary
 
 MODEL = configs.Model(d_model=4, hidden=6, activation="swiglu", norm_eps=0.5)
+HUNDRED = configs.Model(rope_theta=100.0)
 
 
 def close(got, want):
@@ -52,7 +54,7 @@ def test_norms_compute_in_float32(kind: str):
 def test_rotary_by_hand():
     # H = 4, theta = 100: pair 0 (x0, x2) turns by 1 a position, pair 1 (x1, x3) by 100^(-1/2) = 0.1.
     x = jnp.asarray([[[[1., 0., 0., 0.]], [[0., 2., 0., 0.]], [[0., 0., 3., 0.]]]])
-    y = layers.rotary(x, jnp.asarray([[0, 1, 2]], jnp.int32), 100.0)
+    y = rotary(x, jnp.asarray([[0, 1, 2]], jnp.int32), HUNDRED)
     close(y[0, 0, 0], [1, 0, 0, 0])
     close(y[0, 1, 0], [0, 2 * math.cos(.1), 0, 2 * math.sin(.1)])
     close(y[0, 2, 0], [-3 * math.sin(2), 0, 3 * math.cos(2), 0])
@@ -63,7 +65,7 @@ def test_rotary_products_depend_on_distance_alone():
     q, k = (jnp.asarray(random.normal(size=(1, 1, 1, 6)), jnp.float32) for _ in range(2))
 
     def product(at: int, back: int) -> float:
-        turn = [layers.rotary(v, jnp.full((1, 1), p, jnp.int32), 10_000.0) for v, p in ((q, at), (k, at - back))]
+        turn = [rotary(v, jnp.full((1, 1), p, jnp.int32), MODEL) for v, p in ((q, at), (k, at - back))]
         return float(jnp.vdot(*turn))
 
     for back in (0, 1, 5):
@@ -74,10 +76,10 @@ def test_rotary_products_depend_on_distance_alone():
 def test_rotary_turns_each_sequence_by_its_own_positions():
     x = jnp.ones((2, 3, 2, 4))
     positions = jnp.asarray([[0, 1, 2], [7, 8, 9]], jnp.int32)
-    both = layers.rotary(x, positions, 100.0)
+    both = rotary(x, positions, HUNDRED)
     for row in range(2):
-        assert np.array_equal(both[row:row + 1], layers.rotary(x[:1], positions[row:row + 1], 100.0))
-    assert layers.rotary(x.astype(jnp.bfloat16), positions, 100.0).dtype == jnp.bfloat16
+        assert np.array_equal(both[row:row + 1], rotary(x[:1], positions[row:row + 1], HUNDRED))
+    assert rotary(x.astype(jnp.bfloat16), positions, HUNDRED).dtype == jnp.bfloat16
 
 
 def tanh_gelu(x):

@@ -70,7 +70,7 @@ def test_shared_experts_are_a_dense_layer_beside_the_routed_ones(inside, make):
     def run(values, x):
         return weights.assemble(layer, values)(x, Pass())[0]
 
-    layer, values = make(shared=2)
+    layer, values = make(shared=12)
     with_shared = np.asarray(inside(run, values, x()))
     up, down = (np.asarray(values[f"shared.{name}"], np.float64) for name in ("up", "down"))
     assert up.shape == (D, 2, 12) and down.shape == (12, D)  # two experts of width 6, side by side

@@ -26,7 +26,7 @@ from moejax.train.step import make_gradients
 
 # Sequences of 36 tokens are two groups of 18; ceil(18 × 2 / 4 × .75) = 7 seats where 9 choices come on average.
 # Experts work beside a shared one; losses of the router weigh enough to be seen in every gradient before it.
-TOPK = MoE(experts=4, active=2, hidden=28, shared=1, group=18, capacity_factor=.75, balance_loss=.3, z_loss=.1)
+TOPK = MoE(experts=4, active=2, hidden=28, shared=28, group=18, capacity_factor=.75, balance_loss=.3, z_loss=.1)
 SIGMOID = replace(TOPK, router="sigmoid", expert_groups=2, active_groups=1, priority="score", jitter=.2, scale=1.5)
 CHOICE = replace(TOPK, router="expert_choice", balance_scope="batch", group=None, shared=0)
 

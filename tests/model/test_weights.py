@@ -19,7 +19,7 @@ from moejax.parallel.mesh import make_mesh
 # Sizes that share no factor, so that no two can be mistaken for each other.
 MODEL = configs.Model(
     layers=3, pattern="DMM", d_model=10, heads=6, kv_heads=3, head_dim=14, hidden=11, vocab=13,
-    moe=configs.MoE(experts=5, hidden=17, shared=2))
+    moe=configs.MoE(experts=5, hidden=17, shared=34))
 
 
 @pytest.mark.parametrize(("text", "shape", "fan_in"), [
@@ -137,7 +137,7 @@ def placed(model: configs.Model, **lengths: int) -> tuple[dict[str, P], dict[str
 
 def test_every_weight_of_a_mixed_model_on_a_mesh_of_primes():
     specs, held = placed(configs.dataclasses.replace(MODEL, hidden=33, vocab=39, moe=configs.MoE(
-        experts=5, hidden=21, shared=1)), fsdp=2, expert=5, tensor=3, data=7)
+        experts=5, hidden=21, shared=21)), fsdp=2, expert=5, tensor=3, data=7)
     assert specs == {
         "embedding": P("tensor", "fsdp"),
         "head": P("fsdp", "tensor"),

@@ -19,7 +19,7 @@ MODELS = {
     "MQA, topk": Model(layers=2, d_model=16, heads=4, kv_heads=1, head_dim=4, vocab=264, moe=SMALL),
     "GQA, dense and sparse layers, sigmoid, shared expert": Model(
         layers=4, pattern="DM", d_model=16, heads=4, kv_heads=2, head_dim=4, hidden=24, vocab=264, norm="layernorm",
-        activation="gelu", tied=True, moe=replace(SMALL, router="sigmoid", shared=1, scale=2.0))}
+        activation="gelu", tied=True, moe=replace(SMALL, router="sigmoid", shared=16, scale=2.0))}
 MQA, GQA = MODELS
 LENGTHS = {MQA: (1, 5, BUCKET, 17, 2), GQA: (BUCKET + 1, 3, 40)}
 ALL = Mesh(data=2, expert=2, tensor=2)
@@ -104,8 +104,11 @@ def test_it_stops_after_the_end(sharded):
     rows = greedy(MQA)
     for end in {rows[0][2], rows[1][0], rows[2][-1], 263}:
         expected = [row[: row.index(end) + 1] if end in row else row for row in rows]
-        assert generate(MQA, sharded, end=end) == expected
-    assert any(len(row) < NEW for row in generate(MQA, sharded, end=rows[0][2]))
+        assert generate(MQA, sharded, ends=[end]) == expected
+    assert any(len(row) < NEW for row in generate(MQA, sharded, ends=[rows[0][2]]))
+    both = rows[0][2], rows[1][1]
+    assert generate(MQA, sharded, ends=both) == [
+        row[: 1 + min((row.index(end) for end in both if end in row), default=NEW)] for row in rows]
 
 
 def test_a_prompt_does_not_know_the_others():

@@ -214,7 +214,7 @@ def manifest_file(step: Path) -> Path:
 
 
 def manifest_of(run_dir: Path, step: int) -> dict:
-    return read_manifest(checkpoint.folder_of(CONFIG, run_dir), step)
+    return read_manifest(checkpoint.folder_of(CONFIG.checkpoint, run_dir), step)
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +485,7 @@ def test_several_processes_write_a_manifest_each(run):
                        (lambda: write(1, parts[0]), "not as they were saved")):
         harm()
         with pytest.raises(Damaged, match=re.escape(what)):
-            checkpoint.read(checkpoint.open_manager(checkpoint.folder_of(CONFIG, run), None), 4, {
+            checkpoint.read(checkpoint.open_manager(checkpoint.folder_of(CONFIG.checkpoint, run), None), 4, {
                 first: jax.ShapeDtypeStruct(tuple(made["arrays"][first]["shape"]), made["arrays"][first]["dtype"],
                                             sharding=NamedSharding(on("one").mesh, P()))})
 

@@ -215,7 +215,7 @@ def test_damage_is_noticed_or_harmless(home, whole, tmp_path, count, seed):
     for i in range(count):
         run = tmp_path / f"damaged{i}"
         shutil.copytree(whole, run)
-        what = damage(Path(folder_of(config, run)) / str(newest), draw)
+        what = damage(Path(folder_of(config.checkpoint, run)) / str(newest), draw)
         said: list[str] = []
         step, arrays = restored(run, said)
         for name, value in good[step].items():

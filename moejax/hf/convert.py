@@ -1,0 +1,329 @@
+"""Published checkpoints in and out: safetensors files, tensor by tensor, straight onto the devices of a mesh.
+
+What the tables of names.py say of a tensor gives its permutation: a dimension there is one axis of our weight or
+several, and the rest is sorting them.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from moejax import config as configs
+from moejax.config import Config, ConfigError, Data
+from moejax.hf.names import FAMILIES, Entry, Reader, describe, model_of, unlike
+from moejax.hf.safetensors import DTYPES, File, shards, write
+from moejax.model import transformer
+from moejax.model.sharded import Sharded
+from moejax.model.transformer import Output
+from moejax.parallel import axes as rules
+from moejax.parallel.memory import host_array
+
+INDEX = "model.safetensors.index.json"
+ORIGIN = "huggingface.json"  # in the run folder: the config it came with, and the type of every tensor
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+          "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+SHARD = 2 << 30  # bytes of a file of an export, at most, unless one tensor is larger
+ROWS = 128  # of a matrix that are transposed at once: they stay in the cache
+THREADS = min(os.cpu_count() or 1, 16)
+UNUSED = re.compile(r"rotary_emb\.inv_freq$")  # written by older versions
+
+
+class Tensor(NamedTuple):
+    """Of a checkpoint: our weight, and where in it the tensor lies."""
+
+    entry: Entry
+    weight: str
+    at: dict[str, int]  # index along `layer`, `expert`, `gate`
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """A folder of safetensors files, checked as a whole before anything is read.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, read_json(folder / "config.json")
+        name = self.config.get("model_type")
+        if name not in FAMILIES:
+            raise ConfigError([f"model_type is one of {', '.join(FAMILIES)}; {folder / 'config.json'} has {name!r}"])
+        if self.config.get("quantization_config"):
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised ({method}); "
+                               "take a checkpoint that is not, or dequantise it first"])
+        self.family, read = FAMILIES[name], Reader(self.config)
+        self.model = model_of(self.family, read)
+        if read.problems:
+            raise ConfigError(read.problems)
+        self.files = self.open()
+
+    def open(self) -> dict[str, File]:
+        """Name -> the open file that holds the tensor."""
+        problems, found = [], {}
+        for path in self.shards():
+            try:
+                file = File(path)
+                found |= dict.fromkeys(file.tensors, file)
+            except (ValueError, OSError) as error:
+                problems.append(f"{path} is not a whole safetensors file ({error}); fetch it again")
+        if problems:
+            raise ConfigError(problems)
+        return found
+
+    def shards(self) -> list[Path]:
+        single, index = self.folder / "model.safetensors", self.folder / INDEX
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+            missing = [name for name in names if not (self.folder / name).is_file()]
+            if missing or not names:
+                raise ConfigError([f"{index} names the files of the weights; {', '.join(missing) or 'it names none'}"
+                                   f"{' is not there' if missing else ''}; fetch it again"])
+            return [self.folder / name for name in names]
+        if single.is_file():
+            return [single]
+        pickled = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickled:
+            raise ConfigError([f"weights are read from safetensors; {self.folder} has {', '.join(pickled)}, which are "
+                               "pickle files: reading one can run any code in it; convert it to safetensors where you "
+                               "trust it"])
+        raise ConfigError([f"a checkpoint has model.safetensors or {INDEX}; {self.folder} has neither"])
+
+    def dtypes(self) -> dict[str, str]:
+        return {name: file.tensors[name].dtype for name, file in self.files.items()}
+
+    def check(self, wanted: Mapping[str, Tensor]) -> list[str]:
+        """Raises ConfigError on tensors that are missing, too many or of another shape; returns those left out."""
+        wrong, left = [], []
+        layers = self.model.layers
+        for name in sorted(wanted.keys() - self.files.keys()):
+            wrong.append(f"{name} of shape {list(wanted[name].shape)} is missing")
+        for name in sorted(self.files.keys() - wanted.keys()):
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            later = layer and layers <= int(layer[1]) < layers + self.config.get("num_nextn_predict_layers", 0)
+            tied = name == "lm_head.weight" and self.model.tied
+            if later or tied or UNUSED.search(name):
+                left.append(name)
+            else:
+                wrong.append(f"{name} is there, and this model has no such tensor")
+        for name in sorted(wanted.keys() & self.files.keys()):
+            found = self.files[name].tensors[name]
+            if found.shape != wanted[name].shape:
+                wrong.append(f"{name} must have shape {list(wanted[name].shape)}; it has {list(found.shape)}")
+            elif found.dtype not in DTYPES:
+                wrong.append(f"{name} must be {', '.join(DTYPES)}; it is {found.dtype}")
+        if wrong:
+            raise ConfigError([f"{what}, in {self.folder}" for what in wrong])
+        return left
+
+    def weights(self, sharded: Sharded) -> tuple[dict[str, Array], list[str]]:
+        """All weights on the mesh, float32, and the names of tensors that were left out."""
+        wanted = tensors(entries_of(self.config), sharded)
+        left = self.check(wanted)
+        by_weight: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in sharded.axes}
+        for name, tensor in wanted.items():
+            by_weight[tensor.weight].append((name, tensor))
+        with ThreadPoolExecutor(THREADS) as pool:
+            return {weight: self.place(sharded, weight, parts, pool) for weight, parts in by_weight.items()}, left
+
+    def place(self, sharded: Sharded, weight: str, parts: list[tuple[str, Tensor]], pool: ThreadPoolExecutor) -> Array:
+        shape, axes = sharded.shapes[weight], rules.names(sharded.axes[weight])
+        made: dict[str, np.ndarray] = {}
+
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            if str(index) not in made:  # devices that hold the same
+                ranges = {axis: range(*one.indices(size)) for axis, one, size in zip(axes, index, shape, strict=True)}
+                # Zeros, and they stay so in the balancing bias of a router that has none.
+                out = host_array(tuple(len(one) for one in ranges.values()), np.float32)
+                list(pool.map(lambda part: self.fill(out, ranges, *part, sharded), parts))
+                made[str(index)] = out
+            return made[str(index)]
+
+        return jax.make_array_from_callback(shape, sharded.shardings[weight], block)
+
+    def fill(self, out: np.ndarray, ranges: Mapping[str, range], name: str, tensor: Tensor, sharded: Sharded) -> None:
+        """The part of our block that one tensor holds."""
+        if any(i not in ranges[axis] for axis, i in tensor.at.items()):
+            return
+        sizes = dict(zip(rules.names(sharded.axes[tensor.weight]), sharded.shapes[tensor.weight], strict=True))
+        file, dims = self.files[name], groups(tensor.entry)
+        cuts, inner = [], []
+        for dim in dims:  # of a dimension of several axes the outer one is cut first
+            size = math.prod(sizes[axis] for axis in dim[1:])
+            cuts.append(slice(ranges[dim[0]].start * size, ranges[dim[0]].stop * size))
+            inner += [slice(None), *(slice(ranges[axis].start, ranges[axis].stop) for axis in dim[1:])]
+        value = file.view(name)[tuple(cuts)].reshape([n for dim in dims for n in (len(ranges[dim[0]]), *(
+            sizes[axis] for axis in dim[1:]))])
+        value = turned(value, tensor.entry, sharded.config.model, interleaved=True)[tuple(inner)]
+        at = tuple(tensor.at[axis] - ranges[axis].start if axis in tensor.at else slice(None) for axis in ranges)
+        order = [axis for dim in dims for axis in dim]
+        copy(out[at], value.transpose([order.index(axis) for axis in ranges if axis not in tensor.at]))
+        file.leave(name)
+
+
+def entries_of(published: Mapping[str, Any]) -> tuple[Entry, ...]:
+    entries = FAMILIES[published["model_type"]].entries
+    if published.get("rope_interleave", True):
+        return entries
+    return tuple(entry._replace(axes=entry.axes.replace("~", "")) for entry in entries)
+
+
+def groups(entry: Entry) -> list[list[str]]:
+    """The axes of every dimension of a tensor: "(heads head) embed" is [["heads", "head"], ["embed"]]."""
+    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", entry.axes.replace("~", ""))]
+
+
+def turned(value: np.ndarray, entry: Entry, model: configs.Model, interleaved: bool) -> np.ndarray:
+    """Along an axis marked ~, the last entries from neighbouring pairs to halves, or back."""
+    if "~" not in entry.axes:
+        return value
+    marked = next(part.strip("()~") for part in entry.axes.split() if "~" in part)
+    axis = [name for dim in groups(entry) for name in dim].index(marked)
+    size, count = value.shape[axis], model.latent[2]
+    pairs = np.arange(count).reshape(-1, 2).T.ravel()  # 0 2 4 … 1 3 5 …
+    pairs = pairs if interleaved else np.argsort(pairs)
+    return np.take(value, np.concatenate([np.arange(size - count), size - count + pairs]), axis)
+
+
+def copy(out: np.ndarray, value: np.ndarray) -> None:
+    """out[...] = value, where out is zeros, float32; a transposed matrix in blocks of rows, which is several times as
+    fast.
+    """
+    if value.dtype == DTYPES["BF16"] and out.ndim:  # the upper halves of float32
+        out, value = out.view(np.uint16)[..., sys.byteorder == "little"::2], value.view(np.uint16)
+    if value.ndim < 2 or value.strides[-1] == value.itemsize:
+        out[...] = value
+        return
+    if value.ndim == 3 and value.strides[1] == value.shape[2] * value.strides[2] and (
+            out.strides[1] == out.shape[2] * out.strides[2]):
+        out, value = (x.reshape(len(x), -1) for x in (out, value))  # still views
+    for j in range(0, value.shape[-1], ROWS):
+        out[..., j:j + ROWS] = value[..., j:j + ROWS]
+
+
+def tensors(entries: Sequence[Entry], sharded: Sharded) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint of this model."""
+    found, model = {}, sharded.config.model
+    stacks = transformer.stacks(model)
+    for entry in entries:
+        inside = "{layer}" in entry.there
+        for prefix, layers in stacks.items() if inside else [("", [0])]:
+            weight = f"{prefix}.{entry.here}".lstrip(".")
+            held = [axis for dim in groups(entry) for axis in dim]
+            if weight not in sharded.axes or not fits(entry, held, rules.names(sharded.axes[weight])):
+                continue
+            sizes = dict(zip(rules.names(sharded.axes[weight]), sharded.shapes[weight], strict=True))
+            shape = tuple(math.prod(sizes[axis] for axis in dim) for dim in groups(entry))
+            for row, layer in enumerate(layers):
+                for expert in range(sizes["expert"]) if "{expert}" in entry.there else [None]:
+                    at = {"layer": row if inside else None, "expert": expert, "gate": entry.gate}
+                    name = entry.there.format(layer=layer, expert=expert)
+                    found[name] = Tensor(entry, weight, {k: v for k, v in at.items() if v is not None}, shape)
+    return found
+
+
+def fits(entry: Entry, held: Sequence[str], axes: Sequence[str]) -> bool:
+    """Whether the tensor's axes, with those that its name fixes, are those of our weight."""
+    named = {"layer": "{layer}" in entry.there, "expert": "{expert}" in entry.there, "gate": entry.gate is not None}
+    return sorted([*held, *(axis for axis, there in named.items() if there)]) == sorted(axes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"{path} must be a JSON object; it cannot be read ({error})"]) from None
+    if not isinstance(found, dict):
+        raise ConfigError([f"{path} must be a JSON object; it is a {type(found).__name__}"])
+    return found
+
+
+def config_of(checkpoint: Checkpoint, run_dir: Path, tokenizer: str) -> Config:
+    """A config for an imported model: whole on one device until a mesh is set."""
+    longest = checkpoint.config.get("max_position_embeddings", 2048)
+    return Config(name=run_dir.name, run_dir=str(run_dir), model=checkpoint.model,
+                  data=Data(sequence=min(longest, 2048), batch=1, tokenizer=tokenizer))
+
+
+def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
+    """The family that can express a model, and its config.json.
+
+    Raises:
+        ConfigError: none can; says what the nearest one lacks.
+    """
+    lacks = {}
+    for name, family in FAMILIES.items():
+        found = describe(model, family, longest)
+        read = Reader(found)
+        lacks[name] = unlike(model, model_of(family, read)) + read.problems
+        if not lacks[name]:
+            return name, {"model_type": name, "architectures": [family.architecture], **found}
+    nearest = min(lacks, key=lambda name: len(lacks[name]))
+    raise ConfigError([f"an export is of a family that can express the model ({', '.join(FAMILIES)}); {nearest} comes "
+                       f"nearest, and cannot express {what}; train a model without it" for what in lacks[nearest]])
+
+
+def export(
+    sharded: Sharded, weights: Mapping[str, Array], folder: Path, published: dict[str, Any],
+    dtypes: Mapping[str, str], default: str,
+) -> dict[str, Any]:
+    """Write a model as a checkpoint of a family: files of at most SHARD bytes, and config.json.
+
+    Args:
+        published: the config.json; its model_type names the family.
+        dtypes, default: keys of DTYPES, by tensor.
+    Returns: {"tensors": number, "bytes": of all}.
+    """
+    wanted = tensors(entries_of(published), sharded)
+    sizes = {name: math.prod(one.shape) * DTYPES[dtypes.get(name, default)].itemsize for name, one in wanted.items()}
+    files = list(shards(sizes, SHARD))
+    where = {}
+    for i, names in enumerate(files, 1):
+        path = folder / ("model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors")
+        write(path, {name: (dtypes.get(name, default), wanted[name].shape) for name in names},
+              lambda name: fetch(weights, wanted[name], sharded))
+        where |= dict.fromkeys(names, path.name)
+    if len(files) > 1:
+        (folder / INDEX).write_text(json.dumps(
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(published, indent=1) + "\n")
+    return {"tensors": len(wanted), "bytes": sum(sizes.values())}
+
+
+def fetch(weights: Mapping[str, Array], tensor: Tensor, sharded: Sharded) -> np.ndarray:
+    """One tensor as it is published, float32."""
+    axes = rules.names(sharded.axes[tensor.weight])
+    value = np.asarray(weights[tensor.weight][tuple(tensor.at.get(axis, slice(None)) for axis in axes)])
+    held = [axis for axis in axes if axis not in tensor.at]
+    value = value.transpose([held.index(axis) for dim in groups(tensor.entry) for axis in dim])
+    value = turned(value, tensor.entry, sharded.config.model, interleaved=False)
+    out = np.zeros(value.shape, np.float32)
+    copy(out, value)
+    return out.reshape(tensor.shape)
+
+
+def balance_loss(output: Output) -> Array:
+    """The balance loss as transformers counts it: over all layers' tokens at once, and k where it is balanced.
+
+    Raises:
+        ValueError: the model has no experts.
+    """
+    if output.losses is None:
+        raise ValueError("a balance loss is of experts; this model has none")
+    load, share = output.losses.load, output.losses.share
+    layers, _, _, active = output.routing.expert.shape
+    chosen = jnp.sum(load, 0) / (jnp.sum(load) / active)
+    return load.shape[1] * jnp.sum(chosen * jnp.sum(share, 0) / layers)

@@ -1,0 +1,91 @@
+"""Rotary positions (arXiv 2104.09864) and the ways to stretch them beyond the lengths of training."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from moejax import config as configs
+
+
+def rotary(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], model: configs.Model
+) -> Float[Array, "B T N H"]:
+    """x with pair i of its halves turned by position × frequency i."""
+    half = x.shape[-1] // 2
+    frequency, factor = frequencies(model, 2 * half, positions)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    sin, cos = jnp.sin(angle) * factor, jnp.cos(angle) * factor
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def frequencies(
+    model: configs.Model, size: int, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "... 1 1 h"], float]:
+    """Of every pair of a head of `size` entries, theta^(-2i/size) where nothing is scaled, and what sine and cosine are
+    multiplied by.
+    """
+    kind, numbers = model.rope()
+    share = np.arange(0, size, 2, dtype=np.float32) / size
+    if kind == "dynamic":
+        base = dynamic_base(model.rope_theta, size, positions, **numbers)
+        return base[:, None, None, None] ** -jnp.asarray(share)[None, None, None], 1.0
+    plain = np.float32(model.rope_theta) ** -share
+    scaled, factor = SCALINGS[kind](plain, model.rope_theta, **numbers) if kind else (plain, 1.0)
+    return jnp.asarray(scaled, jnp.float32)[None, None, None], factor
+
+
+def dynamic_base(
+    theta: float, size: int, positions: Int[Array, "B T"], factor: float, original: float
+) -> Float[Array, " B"]:
+    """NTK-aware scaling by each sequence's own length so far: up to the original nothing, then a growing base."""
+    length = jnp.maximum(jnp.max(positions, -1).astype(jnp.float32) + 1, original)
+    return theta * (factor * length / original - (factor - 1)) ** (size / (size - 2))
+
+
+def linear(plain: np.ndarray, theta: float, factor: float) -> tuple[np.ndarray, float]:
+    """Position interpolation (arXiv 2306.15595)."""
+    return plain / factor, 1.0
+
+
+def llama3(
+    plain: np.ndarray, theta: float, factor: float, low: float, high: float, original: float
+) -> tuple[np.ndarray, float]:
+    """Llama 3.1's: waves longer than original / low are stretched, those shorter than original / high are not, and
+    what lies between goes from one to the other.
+    """
+    turns = original * plain / (2 * math.pi)  # within the original length
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return plain * (keep + (1 - keep) / factor), 1.0
+
+
+def yarn(
+    plain: np.ndarray, theta: float, factor: float, original: float, fast: float = 32, slow: float = 1,
+    attention: float | None = None, truncate: float = 1,
+) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071 section 3): pairs that turn more than `fast` times within the original length are kept,
+    those that turn less than `slow` times are stretched; attention is sharpened by a factor on sine and cosine.
+    """
+    half = len(plain)
+
+    def pair(turns: float) -> float:
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    begin, end = pair(fast), pair(slow)
+    if truncate:
+        begin, end = math.floor(begin), math.ceil(end)
+    begin, end = max(begin, 0), min(end, 2 * half - 1)
+    stretch = np.clip((np.arange(half, dtype=np.float32) - begin) / (end - begin or 0.001), 0, 1)
+    sharp = yarn_factor(factor) if attention is None else attention
+    return plain * (1 - stretch) + plain / factor * stretch, sharp
+
+
+def yarn_factor(factor: float, scale: float = 1.0) -> float:
+    """arXiv 2309.00071 equation 22."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+SCALINGS = {"linear": linear, "llama3": llama3, "yarn": yarn}
