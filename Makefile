@@ -37,6 +37,7 @@ bench: $(VENV)/ready
 	$(RUN)/python tests/bench/startup.py
 	$(RUN)/python tests/bench/pipeline.py
 	$(RUN)/python tests/bench/checkpoint.py
+	$(RUN)/python tests/bench/published.py
 
 bench-peer: $(VENV)/ready
 	$(RUN)/python tests/bench/peers.py

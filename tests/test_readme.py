@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer, models
 
 from moejax import cli
 
@@ -17,6 +19,11 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "configs", folder / "configs")
+    # As published, but small: 8 experts, and a tokenizer of letters.
+    mixtral = folder / "Mixtral-8x7B-v0.1"
+    shutil.copytree(ROOT / "tests" / "fixtures" / "mixtral_gqa", mixtral)
+    letters = {chr(code): code for code in range(128)}
+    Tokenizer(models.BPE(letters, [])).save(str(mixtral / "tokenizer.json"))
     return folder
 
 
@@ -37,7 +44,9 @@ def test_its_commands_and_code_run(folder, monkeypatch, capsys):
             assert scope["output"].logits.shape[:2] == scope["tokens"].shape
             assert len(scope["texts"]) == 2
             ran.append("python")
-    assert {"train", "generate", "report", "python"} <= set(ran)
+    assert {"train", "generate", "report", "python", "import", "export"} <= set(ran)
+    assert load_file(folder / "mixtral-again" / "model.safetensors").keys() == load_file(
+        folder / "Mixtral-8x7B-v0.1" / "model.safetensors").keys()
     assert len((folder / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()) == 30
 
 

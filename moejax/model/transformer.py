@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
             x = x * self.model.multipliers[0]
         return collectives.leave(x, run.sequence)
 
-    def output(self, hidden: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B T D"], Float[Array, "D V"]]:
+    def output(self, hidden: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B T X"], Float[Array, "X V"]]:
         """Two factors of this tensor shard's part of the logits.  A bias is a last row, for a last entry of 1."""
         hidden = collectives.enter(hidden, run.sequence)
         weight = use(self.embedding, run.dtype).T if self.head is None else use(self.head, run.dtype)

@@ -3,8 +3,8 @@
 Letters in shapes: B sequences, T tokens of a sequence, S key positions, D d_model, N query heads, K KV heads,
 G query heads per KV head, H head_dim, J entries of a value, F hidden width, U gate (1 matrix into the hidden layer,
 or 2), V vocabulary, E experts, A active experts of a token, R routing groups, M tokens of a routing group, C capacity
-(seats of an expert in a group), Q seats of a dispatch, L layers.  t is T, or this tensor shard's slice of it between
-blocks.
+(seats of an expert in a group), Q seats of a dispatch, L layers, X D or one more.  t is T, or this tensor shard's
+slice of it between blocks.
 Inside the model all of them are the sizes on one device.
 
 One string says all about a weight: `w("expert: embed -> gate hidden")` has batch axes before the colon, the axes
