@@ -103,7 +103,10 @@ class Model:
     def rope(self) -> tuple[str, dict[str, float]]:
         """The kind of rotary scaling ("" for none) and its numbers.  Raises ValueError on other text."""
         kind, *parts = self.rope_scaling.split() or [""]
-        return kind, {key: float(value) for key, value in (part.split("=") for part in parts)}
+        numbers = {key: float(value) for key, value in (part.split("=") for part in parts)}
+        if len(numbers) < len(parts):
+            raise ValueError("a number is given twice")
+        return kind, numbers
 
 
 @dataclass(frozen=True)
@@ -439,6 +442,10 @@ def check_variants(model: Model) -> list[str]:
                  for name, right in lengths.items() if len(getattr(model, name)) not in right]
     problems += [f"model.{name} holds no negative number and none that is not finite; got {getattr(model, name)}"
                  for name in lengths if not all(0 <= x < math.inf for x in getattr(model, name))]
+    if len(set(model.biases)) < len(model.biases):
+        problems.append(f"model.biases names each part once; got {', '.join(model.biases)}")
+    if 0 < model.rope_theta <= 1:
+        problems.append(f"model.rope_theta must be above 1; got {model.rope_theta}; set it to 10000")
     unknown = sorted(set(model.biases) - set(BIASES))
     if unknown:
         problems.append(f"model.biases names some of {', '.join(BIASES)}; got {', '.join(map(repr, unknown))}")
@@ -458,12 +465,19 @@ def check_variants(model: Model) -> list[str]:
         kind, numbers = model.rope()
         needed, allowed = ROPES[kind]
         wrong = (set(needed) - set(numbers)) | (set(numbers) - set(needed) - set(allowed))
-        if wrong or not all(math.isfinite(x) for x in numbers.values()):
+        if wrong or not all(0 < x < math.inf for name, x in numbers.items() if name != "truncate"):
             raise ValueError
+        if kind == "llama3" and numbers["low"] >= numbers["high"]:
+            problems.append(f"model.rope_scaling llama3 goes from low up to high; got low={numbers['low']:g} and "
+                            f"high={numbers['high']:g}; exchange them")
+        turned = model.latent[2] if len(model.latent) == 4 else model.head_dim
+        if kind == "dynamic" and turned <= 2:
+            problems.append(f"model.rope_scaling dynamic needs more than one pair to turn; got {turned} entries of a "
+                            "head; use another kind")
     except (ValueError, KeyError):
         kinds = "; ".join(f"{kind} {' '.join(f'{name}=' for name in needed)}" for kind, (needed, _) in ROPES.items()
                           if kind)
-        problems.append(f"model.rope_scaling is empty or a kind with its numbers ({kinds}); "
+        problems.append(f"model.rope_scaling is empty or a kind with its numbers, above 0 ({kinds}); "
                         f"got {model.rope_scaling!r}")
     return problems
 

@@ -64,6 +64,12 @@ def wrong_of(path: Path) -> list[str]:
     ("model.moe.group=64", 64), ("model.moe.group=none", None), ("model.moe.capacity_factor=None", None),
     ("model.moe.capacity_factor=null", None), ("model.moe.eval_capacity_factor=1.5", 1.5),
     ("train.fault.loss_spike=none", None), ("train.fault.norm_spike=3", 3.0), ("checkpoint.folder=gs://a/b", "gs://a/b"),
+    ("model.latent=0,8,4,6", (0, 8, 4, 6)), ("model.latent=(0,8,4,6)", (0, 8, 4, 6)), ("model.latent=", ()),
+    ("model.biases=qkv,head", ("qkv", "head")), ("model.biases=", ()), ("model.caps=50,30.5", (50.0, 30.5)),
+    ("model.multipliers=[12,0.22,0,0.1]", (12.0, .22, 0.0, .1)), ("model.clamp=1.5,9", (1.5, 9.0)),
+    ("model.rope_scaling=yarn factor=4 original=64", "yarn factor=4 original=64"), ("model.window=none", None),
+    ("model.window=128", 128), ("model.qkv_limit=8", 8.0), ("model.qk_norm=head", "head"),
+    ("model.moe.router=sparsemixer", "sparsemixer"), ("model.moe.shared_gate=true", True),
     ("run_dir=a=b", "a=b"), ("name=größe 模型", "größe 模型"), ("run_dir=", "")])
 def test_a_value_is_read_by_its_annotation(text, expected):
     got = value(text)
@@ -78,6 +84,11 @@ def test_a_value_is_read_by_its_annotation(text, expected):
     ("optimizer.lr=none", "a number"), ("mesh.zero1=yes", "true or false"), ("mesh.zero1=2", "true or false"),
     ("mesh.zero1=", "true or false"), ("model.moe.group=", "a whole number or none"),
     ("model.moe.capacity_factor=off", "a number or none"), ("model.moe.capacity_factor=", "a number or none"),
+    ("model.latent=0,8,four,6", "values separated by commas"), ("model.latent=0,8.5,4,6", "values separated by commas"),
+    ("model.caps=high,30", "values separated by commas"), ("model.window=wide", "a whole number or none"),
+    ("model.qk_norm=each", "one of none, head, all"), ("model.qkv_limit=", "a number or none"),
+    ("model.activation=relu", "one of gelu, swiglu, geglu, clamped_swiglu"),
+    ("model.moe.router=hash", "one of topk, sigmoid, sparsemixer, expert_choice"),
     ("optimizer.name=adam", "one of adamw, adafactor, muon"), ("optimizer.name=", "one of adamw, adafactor, muon"),
     ("train.remat=None", "one of none, full, dots")])
 def test_a_value_that_does_not_fit_is_refused_with_what_would(text, kind):
@@ -131,6 +142,9 @@ def test_an_override_has_an_equals_sign(text):
     ("optimizer.lr=-1e-3", "optimizer.lr must be above 0; got -0.001"),
     ("optimizer.eps=0", "optimizer.eps must be above 0; got 0.0"),
     ("model.rope_theta=0", "model.rope_theta must be above 0; got 0.0"),
+    ("model.qkv_limit=0", "model.qkv_limit must be above 0; got 0.0"),
+    ("model.window=0", "model.window must be above 0; got 0; set it to 1 or more"),
+    ("model.moe.mixer_gap=-0.1", "model.moe.mixer_gap must not be negative; got -0.1"),
     ("model.moe.capacity_factor=0", "model.moe.capacity_factor must be above 0; got 0.0"),
     *[(f"train.fault.{field}=0", f"train.fault.{field} must be above 0; got {zero}")
       for field, zero in (("loss_spike", "0.0"), ("norm_spike", "0.0"), ("limit", "0; set it to 1 or more"),
@@ -168,8 +182,33 @@ def test_the_largest_allowed_are_allowed_at_once():
 
 
 @pytest.mark.parametrize("overrides, message", [
-    ("model.pattern=MX", "model.pattern is made of M (MoE layer) and D (dense layer); got 'MX'"),
-    ("model.pattern=", "model.pattern is made of M (MoE layer) and D (dense layer); got ''"),
+    *((f"model.pattern={text}", "model.pattern is made of M (MoE layer) and D (dense layer), small where attention has "
+       f"a window; got {text!r}") for text in ("MX", "", "x", "DM-")),
+    ("model.pattern=Md", "layers m and d need model.window; got pattern 'Md' and no window; set it, or use capitals"),
+    ("model.moe.shared_gate=true",
+     "model.moe.shared_gate needs a shared expert; got model.moe.shared 0; set its width"),
+    ("model.moe.router=sparsemixer model.moe.active=3",
+     "router sparsemixer chooses 1 or 2 experts; got model.moe.active 3; set it to 2"),
+    ("mesh.tensor=2 model.moe.shared=9",
+     "mesh.tensor must divide model.moe.shared; got 2 and 9; set mesh.tensor to one of [1, 3, 9], "
+     "or model.moe.shared=10"),
+    ("model.clamp=1", "model.clamp has 2 numbers; got (1.0,)"),
+    ("model.clamp=", "model.clamp has 2 numbers; got ()"),
+    ("model.caps=50", "model.caps has 0 or 2 numbers; got (50.0,)"),
+    ("model.latent=8,4,6", "model.latent has 0 or 4 numbers; got (8, 4, 6)"),
+    ("model.multipliers=1,2,3,4,5", "model.multipliers has 0 or 4 numbers; got (1.0, 2.0, 3.0, 4.0, 5.0)"),
+    ("model.caps=-1,inf", "model.caps holds no negative number and none that is not finite; got (-1.0, inf)"),
+    ("model.multipliers=1,nan,1,1",
+     "model.multipliers holds no negative number and none that is not finite; got (1.0, nan, 1.0, 1.0)"),
+    ("model.biases=qkv,Head,all",
+     "model.biases names some of qkv, output, sinks, mlp, experts, router, norm, head; got 'Head', 'all'"),
+    ("model.latent=0,8,4,6", "latent attention has as many KV heads as heads; got 1 and 8; set model.kv_heads=8"),
+    *((f"model.kv_heads=8 model.latent={text.replace(' ', '')}",
+       "latent attention has a rank of keys, a value size and an even turned part below model.head_dim; "
+       f"got model.latent ({text}) and head_dim 32")
+      for text in ("0, 0, 4, 6", "0, 8, 0, 6", "0, 8, 3, 6", "0, 8, 32, 6", "0, 8, 4, 0")),
+    ("model.kv_heads=8 model.latent=0,8,4,6 model.biases=sinks,qkv,output model.qk_norm=all model.qkv_limit=8",
+     "latent attention has no qkv, sinks, qk_norm, qkv_limit; take out one or the other"),
     ("model.kv_heads=3",
      "model.kv_heads must divide model.heads; got 3 and 8; set model.kv_heads to one of [1, 2, 4, 8]"),
     ("model.head_dim=33", "model.head_dim must be even for the rotary embedding; got 33"),
@@ -233,6 +272,66 @@ def test_the_largest_allowed_are_allowed_at_once():
      "mesh.stage_layers must add up to model.layers; got 3 + 2 = 5 and 4; give stage 1 1")])
 def test_rules(overrides, message):
     assert problem(*overrides.split()) == message
+
+
+ROPE = ("model.rope_scaling is empty or a kind with its numbers, above 0 (linear factor=; dynamic factor= original=; "
+        "llama3 factor= low= high= original=; yarn factor= original=); got ")
+
+
+@pytest.mark.parametrize("override, message", [
+    ("model.rope_scaling=llama3 factor=8 low=4 high=4 original=64",
+     "model.rope_scaling llama3 goes from low up to high; got low=4 and high=4; exchange them"),
+    ("model.biases=qkv,qkv", "model.biases names each part once; got qkv, qkv"),
+    ("model.rope_theta=1", "model.rope_theta must be above 1; got 1.0; set it to 10000")])
+def test_rules_of_values_that_would_divide_by_nothing(override, message):
+    assert problem(override) == message
+
+
+@pytest.mark.parametrize("text", [
+    "cubic factor=2", "linear", "linear factor=two", "linear factor", "linear factor=2 original=8", "factor=2",
+    "yarn factor=4", "yarn factor=4 original=64 quick=3", "llama3 factor=8 low=1 original=64", "linear factor=nan",
+    "dynamic factor=2 original=inf", "linear=factor=2", "linear factor=0", "yarn factor=4 original=64 slow=0",
+    "linear factor=2 factor=3"])
+def test_a_rotary_scaling_has_a_kind_and_its_numbers(text: str):
+    assert problem(f"model.rope_scaling={text}") == ROPE + repr(text)
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ("", ("", {})), ("linear factor=2", ("linear", {"factor": 2})), ("  linear   factor=2 ", ("linear", {"factor": 2})),
+    ("dynamic factor=2 original=4_096", ("dynamic", {"factor": 2, "original": 4096})),
+    ("llama3 original=8192 factor=8 low=1 high=4", ("llama3", {"original": 8192, "factor": 8, "low": 1, "high": 4})),
+    ("yarn factor=4 original=64 truncate=0 attention=1.5",
+     ("yarn", {"factor": 4, "original": 64, "truncate": 0, "attention": 1.5}))])
+def test_a_rotary_scaling_is_read(text: str, found):
+    config, wrong = changed(f"model.rope_scaling={text}")
+    assert wrong == configs.check(config) == [] and config.model.rope() == found
+
+
+def test_everything_wrong_with_a_models_values_comes_at_once():
+    assert problems("model.pattern=Md", "model.clamp=1,2,3", "model.caps=1,-2", "model.biases=keys",
+                    "model.rope_scaling=cubic", "model.moe.shared_gate=true", "model.moe.router=sparsemixer",
+                    "model.moe.active=3", "model.qkv_limit=0") == [
+        "model.qkv_limit must be above 0; got 0.0",
+        "layers m and d need model.window; got pattern 'Md' and no window; set it, or use capitals",
+        "model.clamp has 2 numbers; got (1.0, 2.0, 3.0)",
+        "model.caps holds no negative number and none that is not finite; got (1.0, -2.0)",
+        "model.biases names some of qkv, output, sinks, mlp, experts, router, norm, head; got 'keys'",
+        ROPE + "'cubic'",
+        "model.moe.shared_gate needs a shared expert; got model.moe.shared 0; set its width",
+        "router sparsemixer chooses 1 or 2 experts; got model.moe.active 3; set it to 2"]
+    assert problems("model.latent=0,8,3,6", "model.biases=qkv") == [
+        "latent attention has a rank of keys, a value size and an even turned part below model.head_dim; "
+        "got model.latent (0, 8, 3, 6) and head_dim 32",
+        "latent attention has as many KV heads as heads; got 1 and 8; set model.kv_heads=8",
+        "latent attention has no qkv; take out one or the other"]
+
+
+def test_letters_of_a_pattern():
+    model = Model(layers=5, pattern="mDM", window=4)
+    assert (model.layer_letters(), model.layer_kinds()) == ("mDMmD", "MDMMD")
+    assert problems("model.pattern=mDd", "model.window=4") == []
+    assert problems("model.pattern=MDDDm") == []  # the layers end before the small one
+    assert problems("model.pattern=d", "model.window=4", "model.moe.shared_gate=true") == []  # there are no experts
 
 
 def test_more_choices_than_experts():
@@ -385,7 +484,10 @@ def test_json_and_back():
         mesh=Mesh(tensor=2, zero1=True), data=Data(sources=("a", "b,c"), validation=0.0),
         optimizer=Optimizer(lr=0.1 + 0.2, eps=1e-12),
         train=Train(compute="bfloat16", fault=Fault(loss_spike=None, limit=3)))
-    for config in (Config(), rare, *(load_config(path) for path in FILES)):
+    lists = Config(name="x", run_dir="x", model=Model(
+        kv_heads=8, latent=(0, 8, 4, 6), biases=("output", "head"), caps=(50, 0.0), multipliers=(12.0, 0.22, 0, 0.1),
+        clamp=(1.5, 9), window=3, rope_scaling="yarn factor=4 original=64", moe=MoE(router="sparsemixer")))
+    for config in (Config(), rare, lists, *(load_config(path) for path in FILES)):
         assert configs.from_json(configs.to_json(config)) == config
     assert configs.from_json("{}") == Config()  # a field that a later version adds has its default
 

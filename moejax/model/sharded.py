@@ -98,7 +98,15 @@ class Sharded:
                 count += 2 * share * math.prod(self.shapes[name])
         if model.tied:
             count += 2 * model.vocab * model.d_model
-        return count + model.layers * 4 * model.heads * model.head_dim * (self.config.data.sequence + 1) / 2
+        sizes = model.head_dim + (model.latent[3] if model.latent else model.head_dim)
+        return count + sum(2 * model.heads * sizes * keys(self.config.data.sequence, letter.islower() and model.window)
+                           for letter in model.layer_letters())
+
+
+def keys(tokens: int, window: int | bool | None) -> float:
+    """How many a token sees, in the mean over a sequence."""
+    most = min(window or tokens, tokens)
+    return most - most * (most - 1) / 2 / tokens
 
 
 def on_mesh(mesh: jax.sharding.Mesh, tree: Any) -> Any:

@@ -43,25 +43,38 @@ def values(seed: int = 0):
     return [(random.normal(size=shape) * scale).astype(np.float32) for shape, scale in zip(shapes, scales, strict=True)]
 
 
-def loop(x, up, down, upstream, routing):
-    """Output and gradients in x, up, down and the combine weights of swiglu experts; one token after another."""
+def biases(seed: int = 0):
+    """Of what goes in, and of what comes out."""
+    random = np.random.default_rng(seed + 100)
+    return [random.normal(size=shape).astype(np.float32) for shape in ((E, 2, F), (E, D))]
+
+
+def loop(x, up, down, upstream, routing, *biases):
+    """Output and gradients in x, up, down, the combine weights and the biases of swiglu experts; one token after
+    another.
+    """
     x, up, down, upstream = (v.astype(np.float64) for v in (x, up, down, upstream))
     y, dx, dup, ddown = (np.zeros_like(v) for v in (x, x, up, down))
+    bias = biases or (np.zeros((E, 2, F)), np.zeros((E, D)))
+    dbias = tuple(np.zeros(v.shape) for v in bias)
     dweight = np.zeros(routing.weight.shape)
     for r, m, a in zip(*np.nonzero(routing.kept), strict=True):
         e, w, dy = routing.expert[r, m, a], float(routing.weight[r, m, a]), upstream[r, m]
-        gate, value = x[r, m] @ up[e, :, 0], x[r, m] @ up[e, :, 1]
+        gate, value = x[r, m] @ up[e, :, 0] + bias[0][e, 0], x[r, m] @ up[e, :, 1] + bias[0][e, 1]
         sigmoid = 1 / (1 + np.exp(-gate))
         hidden = gate * sigmoid * value
-        y[r, m] += w * hidden @ down[e]
-        dweight[r, m, a] = hidden @ down[e] @ dy
+        out = hidden @ down[e] + bias[1][e]
+        y[r, m] += w * out
+        dweight[r, m, a] = out @ dy
         ddown[e] += w * np.outer(hidden, dy)
         dhidden = w * down[e] @ dy
         dgate = dhidden * value * (sigmoid + gate * sigmoid * (1 - sigmoid))
         dvalue = dhidden * gate * sigmoid
         dup[e] += np.stack([np.outer(x[r, m], dgate), np.outer(x[r, m], dvalue)], 1)
         dx[r, m] += up[e, :, 0] @ dgate + up[e, :, 1] @ dvalue
-    return y, dx, dup, ddown, dweight
+        dbias[0][e] += np.stack([dgate, dvalue])
+        dbias[1][e] += w * dy
+    return y, dx, dup, ddown, dweight, *(dbias if biases else ())
 
 
 ONE = configs.Mesh()
@@ -70,31 +83,34 @@ ONE = configs.Mesh()
 @functools.cache
 def compiled(name: str, seats: int, mesh: configs.Mesh = ONE, blocks: tuple[int, ...] = (8, 3)):
     """What `loop` returns, of a dispatcher on a mesh, jitted; the tensor shards' parts are summed as in the model."""
-    def run(x, up, down, upstream, routing):
-        def device(x, up, down, weight, expert, slot, kept):
+    def run(x, up, down, upstream, routing, *biases):
+        def device(x, up, down, weight, biases, expert, slot, kept):
+            shares = (biases[0], collectives.once(biases[1])) if biases else None
             parts = DISPATCHERS[name](collectives.enter(x, False), router.Routing(expert, weight, slot, kept), seats,
-                                      Experts(up, down, swiglu))
+                                      Experts(up, down, swiglu, shares))
             return collectives.leave(parts, False)
 
-        def many(x, up, down, weight):
-            return jax.shard_map(device, mesh=devices, in_specs=(rows, *weights, rows, rows, rows, rows),
-                                 out_specs=rows)(x, up, down, weight, routing.expert, routing.slot, routing.kept)
+        def many(x, up, down, weight, *biases):
+            return jax.shard_map(
+                device, mesh=devices, in_specs=(rows, *weights, rows, places[:len(biases)], rows, rows, rows),
+                out_specs=rows)(x, up, down, weight, biases, routing.expert, routing.slot, routing.kept)
 
-        y, back = jax.vjp(many, x, up, down, routing.weight)
+        y, back = jax.vjp(many, x, up, down, routing.weight, *biases)
         return y, *back(upstream)
 
     devices = make_mesh(mesh, jax.devices()[: mesh.devices()])
     expert, tensor = ("expert" if mesh.expert > 1 else None), ("tensor" if mesh.tensor > 1 else None)
     rows, weights = P(expert), (P(expert, None, None, tensor), P(expert, tensor, None))
+    places = P(expert, None, tensor), P(expert)
     return jax.jit(run)
 
 
-PARTS = ("output", "x", "up", "down", "combine weights")
+PARTS = ("output", "x", "up", "down", "combine weights", "bias of up", "bias of down")
 
 
 def compare(got, want, tolerance: float = 1e-5):
     """float32 sums of at most 50 terms; each part's norm of the difference over its norm."""
-    for part, g, w in zip(PARTS, got, want, strict=True):
+    for part, g, w in zip(PARTS[:len(want)], got, want, strict=True):
         gap = np.linalg.norm(np.asarray(g, np.float64) - w) / max(np.linalg.norm(w), 1e-30)
         assert gap < tolerance, (part, gap)
 
@@ -131,6 +147,19 @@ def test_on_a_mesh_a_dispatcher_is_the_loop_too(name: str, mesh: configs.Mesh):
         compare(compiled(name, seats, mesh)(*inputs, routing), loop(*inputs, routing))
 
 
+@pytest.mark.parametrize("name", DISPATCHERS)
+@pytest.mark.parametrize("mesh", [configs.Mesh(), configs.Mesh(expert=4), configs.Mesh(expert=2, tensor=2)])
+def test_experts_with_biases_are_the_loop_on_every_mesh(name: str, mesh: configs.Mesh):
+    """An expert without tokens has no gradient in its biases, though its empty seats give what the biases make."""
+    for case in ("top 2 with drops", "experts 0 and 2 get nothing"):
+        moe, seats, lean = CASES[case]
+        routing, inputs = route(moe, seats, lean, seed=1), values(1)
+        got = compiled(name, seats, mesh)(*inputs, routing, *biases())
+        compare(got, loop(*inputs, routing, *biases()))
+        if case.startswith("experts"):
+            assert not any(np.any(np.asarray(g)[[0, 2]]) for g in got[-2:])
+
+
 @pytest.mark.parametrize("load", [[8, 16, 0, 28], [1, 0, 50, 1], [7, 9, 17, 19], [0, 0, 0, 52], [52, 0, 0, 0]])
 def test_blocks_that_end_early_or_on_the_edge(load: list[int]):
     """52 tokens in blocks of 8 and 3: full, tails that reach into the next expert's rows, and past the last row."""
@@ -139,7 +168,7 @@ def test_blocks_that_end_early_or_on_the_edge(load: list[int]):
     routing = router.Routing(expert, np.full((R, M, 1), .5, np.float32), slot[..., None].astype(np.int32),
                              np.ones((R, M, 1), bool))
     inputs = values(3)
-    compare(compiled("blocked", M)(*inputs, routing), loop(*inputs, routing))
+    compare(compiled("blocked", M)(*inputs, routing, *biases()), loop(*inputs, routing, *biases()))
 
 
 def test_blocks_of_the_size_that_runs(monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +186,7 @@ def test_a_token_without_a_seat_leaves_no_trace(name: str):
     other = [v.copy() for v in inputs]
     other[0][:, 3:] = 1e3
     other[3][:, 3:] = 1e3
-    before, after = compiled(name, 3)(*inputs, routing), compiled(name, 3)(*other, routing)
+    before, after = (compiled(name, 3)(*given, routing, *biases()) for given in (inputs, other))
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
     assert not np.any(np.asarray(after[0])[:, 3:]) and not np.any(np.asarray(after[1])[:, 3:])
 

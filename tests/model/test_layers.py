@@ -1,4 +1,4 @@
-"""Norms, rotary positions, activations and the dense layer against their formulas in numpy."""
+"""Norms, activations and the dense layer against their formulas in numpy."""
 
 import math
 
@@ -11,10 +11,8 @@ from jax.sharding import PartitionSpec as P
 from moejax import config as configs
 from moejax.model import layers, weights
 from moejax.model.layers import ACTIVATIONS, Pass
-from moejax.model.rotary import rotary
 
 MODEL = configs.Model(d_model=4, hidden=6, activation="swiglu", norm_eps=0.5)
-HUNDRED = configs.Model(rope_theta=100.0)
 
 
 def close(got, want):
@@ -41,6 +39,18 @@ def test_layernorm_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_a_norm_may_have_a_bias(kind: str):
+    model = configs.dataclasses.replace(MODEL, norm=kind, biases=("norm",))
+    layer = layers.Norm(weights.Weights(model, jax.random.key(0)), model)
+    assert layer.bias[...].tolist() == [0, 0, 0, 0]  # to start with
+    y = weights.assemble(layer, {"scale": jnp.arange(1., 5), "bias": jnp.asarray([.5, 0, -1, 2])})(
+        jnp.asarray([[[1., 3., -2., 2.]]]))
+    # as above, scaled, and the bias after the scale
+    scaled = np.array([1, 6, -6, 8]) / math.sqrt(5) if kind == "rmsnorm" else np.array([0, 2, -4.5, 2])
+    close(y, [[scaled + np.array([.5, 0, -1, 2])]])
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 def test_norms_compute_in_float32(kind: str):
     # In bfloat16, 256² + 1² would round to 256², and a mean of 100.5 to 100.
     x = np.array([[[100, 101, 100, 101], [256, 1, 1, 1]]])
@@ -49,37 +59,6 @@ def test_norms_compute_in_float32(kind: str):
     centred = x - x.mean(-1, keepdims=True) * (kind == "layernorm")
     want = centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + .5)
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8)  # the output's one rounding
-
-
-def test_rotary_by_hand():
-    # H = 4, theta = 100: pair 0 (x0, x2) turns by 1 a position, pair 1 (x1, x3) by 100^(-1/2) = 0.1.
-    x = jnp.asarray([[[[1., 0., 0., 0.]], [[0., 2., 0., 0.]], [[0., 0., 3., 0.]]]])
-    y = rotary(x, jnp.asarray([[0, 1, 2]], jnp.int32), HUNDRED)
-    close(y[0, 0, 0], [1, 0, 0, 0])
-    close(y[0, 1, 0], [0, 2 * math.cos(.1), 0, 2 * math.sin(.1)])
-    close(y[0, 2, 0], [-3 * math.sin(2), 0, 3 * math.cos(2), 0])
-
-
-def test_rotary_products_depend_on_distance_alone():
-    random = np.random.default_rng(0)
-    q, k = (jnp.asarray(random.normal(size=(1, 1, 1, 6)), jnp.float32) for _ in range(2))
-
-    def product(at: int, back: int) -> float:
-        turn = [rotary(v, jnp.full((1, 1), p, jnp.int32), MODEL) for v, p in ((q, at), (k, at - back))]
-        return float(jnp.vdot(*turn))
-
-    for back in (0, 1, 5):
-        np.testing.assert_allclose([product(at, back) for at in (5, 6, 500)], product(40, back), atol=1e-4)  # 500 × eps
-    assert abs(product(9, 1) - product(9, 2)) > 1e-2
-
-
-def test_rotary_turns_each_sequence_by_its_own_positions():
-    x = jnp.ones((2, 3, 2, 4))
-    positions = jnp.asarray([[0, 1, 2], [7, 8, 9]], jnp.int32)
-    both = rotary(x, positions, HUNDRED)
-    for row in range(2):
-        assert np.array_equal(both[row:row + 1], rotary(x[:1], positions[row:row + 1], HUNDRED))
-    assert rotary(x.astype(jnp.bfloat16), positions, HUNDRED).dtype == jnp.bfloat16
 
 
 def tanh_gelu(x):
@@ -96,21 +75,54 @@ def test_activations(name: str, formula):
     close(ACTIVATIONS[name](jnp.asarray(gates, jnp.float32)), formula(gates))
 
 
+def test_clamped_swiglu_by_hand():
+    """gate × sigmoid(slope × gate) × (up + 1), gates up to 3 and ups from -3 to 3; the slope is 2."""
+    function = layers.activation(configs.Model(activation="clamped_swiglu", clamp=(2.0, 3.0)))
+    gate = np.array([1, 3, 3.5, -3, -50, 0, 1, 1, 1, 9], np.float32)
+    up = np.array([.5, .5, .5, .5, .5, 7, 3, 3.5, -3.5, -9], np.float32)
+    y = function(jnp.asarray(np.stack([gate, up])))
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    close(y, [sigmoid(2) * 1.5, 3 * sigmoid(6) * 1.5, 3 * sigmoid(6) * 1.5,  # a gate beyond 3 is 3,
+              -3 * sigmoid(-6) * 1.5, 0, 0,  # one far below stays and vanishes
+              sigmoid(2) * 4, sigmoid(2) * 4, -sigmoid(2) * 2, -3 * sigmoid(6) * 2])
+    slopes = jax.grad(lambda h: jnp.sum(function(h)))(jnp.asarray(np.stack([gate, up])))
+    assert not np.any(np.asarray(slopes[0])[gate > 3]) and not np.any(np.asarray(slopes[1])[np.abs(up) > 3])
+    # d/dgate of gate × sigmoid(2 gate) × 1.5 at 1: (sigmoid + 2 sigmoid (1 - sigmoid)) × 1.5
+    close(slopes[0, 0], 1.5 * (sigmoid(2) + 2 * sigmoid(2) * sigmoid(-2)))
+    close(slopes[1, 0], sigmoid(2))
+
+
+def test_equal_models_have_equal_activations():
+    """They are part of what is compiled."""
+    model = configs.Model(activation="clamped_swiglu")
+    assert layers.activation(model) is layers.activation(configs.Model(activation="clamped_swiglu"))
+    assert layers.activation(model).keywords == {"slope": 1.702, "limit": 7.0}
+    assert layers.activation(configs.Model()) is layers.swiglu
+
+
 def test_every_activation_of_the_config_exists():
     assert set(ACTIVATIONS) == set(configs.typing.get_args(configs.typing.get_type_hints(configs.Model)["activation"]))
 
 
-@pytest.mark.parametrize(("mesh", "sequence"), [
-    (configs.Mesh(), False), (configs.Mesh(tensor=3), False), (configs.Mesh(tensor=3), True)])
-def test_a_dense_layer_is_two_matmuls_on_any_mesh(inside, made, mesh: configs.Mesh, sequence: bool):
+@pytest.mark.parametrize(("mesh", "sequence", "biases"), [
+    (configs.Mesh(), False, ()), (configs.Mesh(tensor=3), False, ("mlp",)), (configs.Mesh(tensor=3), True, ("mlp",))])
+def test_a_dense_layer_is_two_matmuls_on_any_mesh(inside, made, mesh: configs.Mesh, sequence: bool, biases: tuple):
     def run(values, x):
         return weights.assemble(layer, values)(x, Pass(sequence=sequence))[0]
 
-    layer, values = made(layers.DenseLayer, MODEL)
+    layer, values = made(layers.DenseLayer, configs.dataclasses.replace(MODEL, biases=biases))
     x = np.random.default_rng(0).normal(size=(2, 9, 4)).astype(np.float32)
     split = "tensor" if mesh.tensor > 1 else None
     slices = P(None, split if sequence else None)
+    places = {"up": P(None, None, split), "down": P(split), "up_bias": P(None, split), "down_bias": P()}
     y = inside(run, values, x, mesh=mesh, after=slices,
-               before=({"mlp.up": P(None, None, split), "mlp.down": P(split)}, slices))
-    up, down = (np.asarray(values[f"mlp.{name}"], np.float64) for name in ("up", "down"))
-    close(y, (x @ up[:, 0] / (1 + np.exp(-x @ up[:, 0])) * (x @ up[:, 1])) @ down)
+               before=({name: places[name.removeprefix("mlp.")] for name in values}, slices))
+    up, down, *bias = (np.asarray(values[name], np.float64)
+                       for name in ("mlp.up", "mlp.down", "mlp.up_bias", "mlp.down_bias") if name in values)
+    assert len(bias) == (2 if biases else 0)
+    up_bias, down_bias = bias or (np.zeros((2, 6)), np.zeros(4))
+    gate, value = x @ up[:, 0] + up_bias[0], x @ up[:, 1] + up_bias[1]
+    close(y, gate / (1 + np.exp(-gate)) * value @ down + down_bias)

@@ -80,6 +80,56 @@ def test_shared_experts_are_a_dense_layer_beside_the_routed_ones(inside, make):
     np.testing.assert_allclose(with_shared, y + (gate / (1 + np.exp(-gate)) * value) @ down, rtol=1e-5, atol=1e-5)
 
 
+def test_a_gate_scales_the_shared_expert(inside, make):
+    """By a sigmoid of one number for each token."""
+    def run(values, x):
+        return weights.assemble(layer, values)(x, Pass())[0]
+
+    layer, values = make(shared=12, shared_gate=True)
+    assert values["shared_gate"].shape == (D, 1)
+    gated = np.asarray(inside(run, values, x()))
+    layer, plain = make(shared=12)
+    with_shared = np.asarray(inside(run, {name: values[name] for name in plain}, x()))
+    layer, alone = make()
+    without = np.asarray(inside(run, {name: values[name] for name in alone}, x()))
+    gate = 1 / (1 + np.exp(-x().astype(np.float64) @ values["shared_gate"]))
+    assert gate.shape == (B, T, 1) and gate.std() > .1
+    np.testing.assert_allclose(gated, without + gate * (with_shared - without), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["topk", "sigmoid", "sparsemixer", "expert_choice"])
+def test_a_routers_bias_is_added_to_its_logits(inside, made, monkeypatch, router: str):
+    """Whatever the router; the balancing bias is another thing."""
+    def logits(values, x):
+        routing, _, _ = weights.assemble(layer, values).decide(x, Pass())
+        return seen.pop(), routing.weight
+
+    seen, route = [], layers.route
+    monkeypatch.setattr(layers, "route", lambda logits, *rest: seen.append(logits) or route(logits, *rest))
+
+    moe = configs.MoE(experts=4, hidden=6, router=router)
+    layer, values = made(layers.MoELayer, configs.Model(d_model=D, moe=moe, biases=("router",)))
+    got, weight = inside(logits, values, x())
+    np.testing.assert_allclose(got, x() @ values["router"] + values["router_bias"], rtol=1e-5, atol=1e-5)
+    zero = values | {"router_bias": np.zeros(4, np.float32)}
+    assert not np.allclose(inside(logits, zero, x())[1], weight)
+
+
+@pytest.mark.parametrize("dispatcher", ["einsum", "sorted", "blocked"])
+def test_experts_have_biases_of_their_own(inside, made, dispatcher: str):
+    """One expert alone with all tokens is a dense layer with biases."""
+    def run(values, x):
+        return weights.assemble(layer, values)(x, Pass())[0]
+
+    moe = configs.MoE(experts=1, active=1, hidden=6, dispatcher=dispatcher)
+    layer, values = made(layers.MoELayer, configs.Model(d_model=D, moe=moe, biases=("experts",)))
+    up, down, up_bias, down_bias = (values[name][0].astype(np.float64) for name in
+                                    ("up", "down", "up_bias", "down_bias"))
+    gate, value = x() @ up[:, 0] + up_bias[0], x() @ up[:, 1] + up_bias[1]
+    want = gate / (1 + np.exp(-gate)) * value @ down + down_bias
+    np.testing.assert_allclose(inside(run, values, x()), want, rtol=1e-5, atol=1e-5)
+
+
 def test_jitter_belongs_to_the_sample(inside, make):
     """The noise of a sample follows from the step's key and the sample's number, not from its place in the batch."""
     layer, _ = make(jitter=0.25, group=5)

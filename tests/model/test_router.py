@@ -192,6 +192,71 @@ def test_group_limits_of_a_sigmoid_router_see_the_bias():
     close(routing.weight[0], [[.5, .4]])
 
 
+# Relative distance to the best, (best - logit) / max(|logit|, best): where it is above 2 × .1, an expert is not seen.
+CLOSE = np.array([[2.0, 1.9, 1.0, -3.0],  # 0, .05, .5, 1.67; then, of 1.9: 0, .47, 1.63
+                  [-1.0, -1.1, -5.0, -1.2],  # 0, .09, .8, .17; then, of -1.1: 0, .78, .08
+                  [-1.3, -1.0, -9.0, -8.0],  # .23, 0, .89, .88; then, of -1.3: 0, .86, .84
+                  [.5, 1.0, .82, .6]])  # .5, 0, .18, .4; then, of .82: .39, 0, .27
+MIXER = configs.MoE(experts=4, active=2, router="sparsemixer", mixer_gap=.1)
+
+
+def mixed(logits):
+    """The weights of CLOSE from its comments."""
+    e = np.exp(logits)
+    return [[e[0, 0] / (e[0, 0] + e[0, 1]), 1],
+            [e[1, 0] / (e[1, 0] + e[1, 1] + e[1, 3]), e[1, 1] / (e[1, 1] + e[1, 3])],
+            [1, 1],
+            [e[3, 1] / (e[3, 1] + e[3, 2]), 1]]
+
+
+def test_sparsemixer_weighs_the_best_among_those_close_to_it():
+    routing, losses = decide(CLOSE, MIXER, 3)
+    assert routing.expert[0].tolist() == [[0, 1], [0, 1], [1, 0], [1, 2]]
+    # 1 / (1 + e^-.1) = .525; 1 / (1 + e^-.1 + e^-.2) = .367 and .525; 1 / (1 + e^-.18) = .545
+    np.testing.assert_allclose(routing.weight[0], [[.525, 1], [.367, .525], [1, 1], [.545, 1]], atol=5e-4)
+    close(routing.weight[0], mixed(CLOSE))
+    # All first choices are seated before second ones: 0, 0, 1, 1, then 1, 1, 0, 2.
+    assert routing.slot[0].tolist() == [[0, 2], [1, 3], [0, 2], [1, 0]]
+    assert losses.load.tolist() == [3, 4, 1, 0] and losses.dropped == 1
+    # The losses are those of a softmax over all: f = [3, 4, 1, 0] / 8.
+    p = np.exp(CLOSE) / np.exp(CLOSE).sum(-1, keepdims=True)
+    close(losses.balance, 4 * (p.mean(0) @ [3, 4, 1, 0]) / 8)
+    close(losses.share, p.mean(0))
+    close(losses.z, np.mean(np.log(np.exp(CLOSE).sum(-1)) ** 2))
+
+
+def test_sparsemixer_of_one_expert_and_of_a_wide_gap():
+    one = configs.dataclasses.replace(MIXER, active=1, scale=3.0)
+    routing, _ = decide(CLOSE, one, 4)
+    assert routing.expert[0].tolist() == [[0], [0], [1], [1]]
+    close(routing.weight[0], 3 * np.array(mixed(CLOSE))[:, :1])
+    # Where all are close: a softmax over all, then over those that are left.
+    routing, _ = decide(np.log(FOUR), configs.dataclasses.replace(MIXER, mixer_gap=99.0), 3)
+    assert routing.expert[0].tolist() == [[0, 1], [3, 2], [1, 3]]
+    close(routing.weight[0], [[.5, .3 / .5], [.4, .3 / .6], [.6, .3 / .4]])
+    # Where only equals are: both see each other once.
+    routing, _ = decide([[1, 1, 0, 0]], configs.dataclasses.replace(MIXER, mixer_gap=0.0), 1)
+    assert routing.expert[0].tolist() == [[0, 1]]
+    close(routing.weight[0], [[.5, 1]])
+
+
+def test_sparsemixer_has_no_gradient_through_its_masks():
+    """That of softmaxes over the experts in sight, as if these were given."""
+    upstream = np.random.default_rng(0).normal(size=(4, 2))
+    step, want = 1e-5, np.zeros((4, 4))
+    for at in np.ndindex(4, 4):
+        move = np.zeros((4, 4))
+        move[at] = step
+        want[at] = np.sum(upstream * (np.array(mixed(CLOSE + move)) - mixed(CLOSE - move))) / 2 / step
+
+    def cost(logits):
+        return jnp.sum(router.sparsemixer(logits, jnp.zeros(4), MIXER, 4)[1] * jnp.asarray(upstream[None], jnp.float32))
+
+    got = jax.grad(cost)(jnp.asarray(CLOSE[None], jnp.float32))[0]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    assert not np.any(np.asarray(got)[[0, 1, 3], [2, 2, 0]]) and not np.any(np.asarray(got)[2])
+
+
 # Expert 0's scores are the first column, expert 1's the second.
 PAIRS = np.array([[.9, .1], [.8, .2], [.6, .4], [.55, .45]])
 

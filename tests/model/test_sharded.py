@@ -21,6 +21,7 @@ from moejax.data.batch import Batch
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import axes, collectives
 from moejax.parallel.mesh import make_mesh
+from moejax.serve.generate import generate_tokens
 from moejax.train.state import optimizer_specs
 from moejax.train.step import make_gradients
 
@@ -136,6 +137,80 @@ def test_a_mesh_changes_nothing(outcome, mesh: Mesh, dispatcher: str, microbatch
 ])
 def test_other_models_know_no_mesh_either(outcome, moe: MoE, mesh: Mesh, dispatcher: str, microbatches: int, model):
     assert not different(outcome(config(moe, mesh, dispatcher, microbatches, **model)), outcome(config(moe, **model)))
+
+
+# As many values of the config at once as go together.  Attention of one layer sees 9 tokens, of the other all.
+BIASES = ("qkv", "output", "sinks", "mlp", "experts", "router", "norm", "head")
+VARIED = {"pattern": "dM", "activation": "clamped_swiglu", "clamp": (1.5, .8), "norm": "layernorm", "window": 9,
+          "qk_norm": "all", "qkv_limit": 1.0, "biases": BIASES, "caps": (2.0, 1.5), "multipliers": (3.0, .7, .5, .8),
+          "rope_scaling": "llama3 factor=8 low=1 high=4 original=16"}
+MIXER = replace(TOPK, router="sparsemixer", mixer_gap=.3, shared_gate=True, scale=1.5)
+# Latent attention, a dense layer first, then routing limited to one of two groups of experts.
+LATENT = {"layers": 3, "pattern": "DMM", "kv_heads": 4, "latent": (8, 7, 2, 5), "biases": ("output", "experts"),
+          "rope_scaling": "yarn factor=4 original=16", "multipliers": (1.0, 1.0, .5, 1.0)}
+GROUPED = replace(TOPK, router="sigmoid", expert_groups=2, active_groups=1, scale=2.5)
+FAMILIES = {"varied": (MIXER, VARIED), "latent": (GROUPED, LATENT)}
+
+
+@pytest.mark.parametrize(("family", "count"), [("varied", 50), ("latent", 36)])
+def test_families_are_telling_too(outcome, family: str, count: int):
+    moe, model = FAMILIES[family]
+    one = outcome(config(moe, **model))
+    assert len(one.gradients) == count and min(np.linalg.norm(g) for g in one.gradients.values()) > 5e-4
+    assert one.figures.dropped.sum() > 0 and np.all(one.figures.load > 0)
+    legal = config(moe, **model)
+    assert not check(replace(legal, model=replace(legal.model, vocab=264)))
+
+
+@pytest.mark.parametrize(("family", "mesh", "dispatcher", "microbatches"), [
+    ("varied", Mesh(data=2, expert=2, tensor=2, sequence=True), "blocked", 1),
+    ("varied", Mesh(fsdp=2, tensor=4), "sorted", 1),  # KV heads are repeated
+    ("varied", Mesh(pipeline=2, expert=2, tensor=2), "einsum", 2),
+    ("latent", Mesh(fsdp=2, expert=2, tensor=2), "sorted", 1),
+    ("latent", Mesh(pipeline=2, data=2, tensor=2, sequence=True), "blocked", 2),
+])
+def test_families_know_no_mesh(outcome, family: str, mesh: Mesh, dispatcher: str, microbatches: int):
+    moe, model = FAMILIES[family]
+    many = config(moe, mesh, dispatcher, microbatches, **model)
+    if mesh.pipeline > 1:  # which compiles faster
+        many = replace(many, train=replace(many.train, remat="full"))
+    assert not different(outcome(many), outcome(config(moe, **model)))
+
+
+@pytest.mark.parametrize("dispatcher", ["einsum", "sorted", "blocked"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_in_bfloat16_keep_weights_and_sums_in_float32(numbers, family: str, dispatcher: str):
+    """That their types fit together, without running them."""
+    moe, model = FAMILIES[family]
+    mesh = Mesh(expert=2, tensor=2)
+    narrow = replace(config(moe, mesh, dispatcher, **model), train=Train(compute="bfloat16", remat="dots"))
+    sharded = Sharded(narrow, make_mesh(mesh, jax.devices()[:4]))
+    inputs = numbers(sharded), on_mesh(sharded.mesh, batch())
+    gradients, figures = jax.eval_shape(make_gradients(sharded), *inputs, jax.random.key(1))
+    assert {g.dtype for g in jax.tree.leaves((gradients, figures))} == {np.dtype(np.float32)}
+    output = jax.eval_shape(sharded.forward, inputs[0], inputs[1].tokens)
+    assert output.hidden.dtype == jax.numpy.bfloat16 and output.logits.dtype == np.float32
+
+
+@pytest.mark.parametrize(("family", "mesh"), [
+    ("varied", Mesh(fsdp=2, tensor=4)), ("latent", Mesh(data=2, expert=2, tensor=2))])
+def test_families_generate_what_the_whole_sequence_says(numbers, family: str, mesh: Mesh):
+    """With a cache on a mesh: each token is the likeliest after all before it, without a cache on one device."""
+    moe, model = FAMILIES[family]
+    moe = replace(moe, group=None)  # not every length is whole groups
+    one, many = (Sharded(config(moe, mesh, vocab=264, **model), make_mesh(mesh, jax.devices()[: mesh.devices()]))
+                 for mesh in (ONE, mesh))
+    random = np.random.default_rng(1)
+    prompts, new = [random.integers(0, 264, length).tolist() for length in (3, 1, 17)], 8
+    with jax.numpy_rank_promotion("allow"):
+        found = generate_tokens(many, numbers(many), prompts, new)
+    assert len({token for row in found for token in row}) > 4  # no model that says one thing
+    rows = np.zeros((3, 17 + new), np.int32)
+    for row, prompt, tokens in zip(rows, prompts, found, strict=True):
+        row[: len(prompt) + new] = prompt + tokens
+    best = np.argmax(one.forward(numbers(one), rows).logits, -1)
+    for row, prompt, tokens in zip(best, prompts, found, strict=True):
+        assert row[len(prompt) - 1:len(prompt) + new - 1].tolist() == tokens
 
 
 def test_the_public_forward_pass_changes_with_no_mesh_either(numbers):

@@ -97,6 +97,8 @@ def test_layers_are_counted_evenly_or_as_told(layers: int, mesh: Mesh, counts: t
     ("DMDM", {"pipeline": 2}, [[[0, 1]], [[2, 3]]]),
     ("DDMM", {"pipeline": 2}, [[[0, 1, -1, -1]], [[-1, -1, 2, 3]]]),
     ("DMMM", {"pipeline": 2}, [[[0, 1, -1]], [[-1, 2, 3]]]),
+    ("mMMm", {"pipeline": 2}, [[[0, 1, -1]], [[-1, 2, 3]]]),  # a window makes another layer
+    ("mMmM", {"pipeline": 2}, [[[0, 1]], [[2, 3]]]),
 ])
 def test_the_layer_in_every_slot(pattern: str, mesh: dict, found: list):
     assert numbers(pattern, **mesh) == found
@@ -273,4 +275,6 @@ def test_a_part_is_a_model_of_the_line_of_slots():
     stages = make(*LAYOUTS["mixed"]).stages
     assert stages.model.layer_kinds() == shortest_line(["DD", "MMM"])
     assert not stages.complete and make(*LAYOUTS["even"]).stages.complete
+    windows = Stages(Config(model=Model(layers=4, pattern="dMm", window=2, **SIZES), mesh=Mesh(pipeline=2)))
+    assert windows.model.layer_letters() == "mdM" and windows.moe_slots == [0, 2]  # of "dM" and "md"
     assert stages.moe_slots == [i for i, kind in enumerate(stages.model.layer_kinds()) if kind == "M"]

@@ -42,6 +42,8 @@ def run(sharded: Sharded, function, values: dict, before=EVERYWHERE, after=EVERY
     ("DMMM", 61, [("DMMM", 15), ("D", 1)]),
     ("M", 1, [("M", 1)]),
     ("DMD", 3, [("DMD", 1)]),  # 3 letters however they are cut: one run
+    ("mM", 6, [("mM", 3)]),  # windows make other layers
+    ("dDMmm", 5, [("dDM", 1), ("m", 2)]),
 ])
 def test_runs_of_equal_layers(pattern: str, layers: int, found: list):
     assert transformer.runs(Model(pattern=pattern, layers=layers)) == found
@@ -203,6 +205,42 @@ def test_a_cache_changes_no_hidden_state(numbers):
 
     want = run(sharded, whole, values)
     np.testing.assert_allclose(run(sharded, pieces, values), want, rtol=1e-4, atol=1e-5)
+
+
+def test_multipliers_are_as_if_in_the_weights(numbers):
+    """Of the embedding 3; of what layers add .5, as in their last matrices; of the scores 2, usually 6^-1/2, as in the
+    queries; of the logits .8, as in the head.
+    """
+    model = replace(TINY, pattern="DM", biases=("mlp", "experts", "output"), moe=replace(TINY.moe, shared=5))
+    plain, values = make(model, numbers=numbers)
+    changed, _ = make(replace(model, multipliers=(3.0, .5, 2.0, .8)), numbers=numbers)
+    ends = {"embedding": 3, "head": .8, "q": 2 * 6**.5, "o": .5, "o_bias": .5, "down": .5, "down_bias": .5}
+    scaled = {name: value * np.float32(ends.get(name.split(".")[-1], 1)) for name, value in values.items()}
+    assert sum(name.split(".")[-1] in ends for name in values) == 14
+
+    def logits(sharded):
+        return lambda model, tokens: model.logits(model(tokens, sharded.run())[0].hidden, sharded.run())
+
+    want = run(plain, logits(plain), scaled)
+    np.testing.assert_allclose(run(changed, logits(changed), values), want, rtol=1e-4, atol=1e-5)
+    usual, _ = make(replace(model, multipliers=(1.0, 1.0, 0.0, 1.0)), numbers=numbers)
+    assert np.array_equal(run(usual, logits(usual), values), run(plain, logits(plain), values))
+
+
+@pytest.mark.parametrize(("pattern", "sees"), [
+    ("d", 5),  # 2 tokens back in each of the two layers
+    ("dD", 8), ("Dd", 8), ("D", 8), ("m", 5)])
+def test_small_letters_have_a_window(numbers, pattern: str, sees: int):
+    sharded, values = make(replace(TINY, pattern=pattern, window=3, moe=replace(TINY.moe, capacity_factor=None)),
+                           numbers=numbers)
+    other = TOKENS.copy()
+    other[:, 0] = (other[:, 0] + 1) % 28
+
+    def both(model, tokens):
+        return [model(each, sharded.run())[0].hidden for each in (tokens, jnp.asarray(other))]
+
+    one, two = run(sharded, both, values)
+    assert np.flatnonzero(np.any(one != two, (0, 2))).tolist() == list(range(sees))
 
 
 def test_embedding_looks_up_rows(numbers):
