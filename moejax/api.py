@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from jaxtyping import Integer
 from moejax import config as configs
 from moejax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer, open_tokenizer
 from moejax.hf import convert, safetensors
+from moejax.hf.names import FAMILIES
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.model.transformer import Output
 from moejax.parallel import mesh as meshes
 from moejax.serve.generate import generate_tokens
-from moejax.train.checkpoint import restore_weights, write_weights
+from moejax.train.checkpoint import folder_of, restore_weights, write_weights
 from moejax.train.fault import tell
+
+IMPORT, EXPORT = "a checkpoint is imported into a new run folder", "an export is a new folder"
 
 
 class Model:
@@ -127,21 +132,28 @@ def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[s
         ConfigError: all that is wrong with the checkpoint, or a run folder that is not empty.
     """
     folder, run_dir = Path(folder), Path(run_dir)
-    must_be_empty(run_dir, "a checkpoint is imported into a new run folder")
+    must_be_empty(run_dir, IMPORT)
     if not folder.is_dir():
         raise configs.ConfigError([f"a Hugging Face checkpoint is a folder; {folder} is none"])
     sharded, weights, checkpoint = read_published(folder, run_dir, overrides)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_weights(sharded.config, weights)
-    for name in convert.BESIDE:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, run_dir / name)
     config = sharded.config
-    if config.data.tokenizer == str(folder / TOKENIZER_FILE):
-        tokenizer = str(run_dir / TOKENIZER_FILE)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
-    (run_dir / convert.ORIGIN).write_text(json.dumps({"config": checkpoint.config, "dtypes": checkpoint.dtypes()}))
-    (run_dir / "config.json").write_text(configs.to_json(config))
+    if config.run_dir != str(run_dir):
+        raise configs.ConfigError([f"the run folder of an import is named once; got {run_dir} and run_dir="
+                                   f"{config.run_dir}; leave run_dir out"])
+    kept = folder_of(config.checkpoint, run_dir)
+    if kept.exists() and any(kept.iterdir()):
+        raise configs.ConfigError([f"an import writes the first checkpoint of a run; {kept} holds some already; set "
+                                   "checkpoint.folder to another"])
+    with written(run_dir, IMPORT):
+        write_weights(config, weights)
+        for name in convert.BESIDE:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, run_dir / name)
+        if config.data.tokenizer == str(folder / TOKENIZER_FILE):
+            tokenizer = str(run_dir / TOKENIZER_FILE)
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+        (run_dir / convert.ORIGIN).write_text(json.dumps({"config": checkpoint.config, "dtypes": checkpoint.dtypes()}))
+        (run_dir / "config.json").write_text(configs.to_json(config))  # last: it makes a run of the folder
     return {"run_dir": str(run_dir), "family": checkpoint.config["model_type"], "parameters": sharded.parameters()[0]}
 
 
@@ -160,29 +172,64 @@ def export_run(
     kinds = {str(kind): name for name, kind in safetensors.DTYPES.items()}
     if dtype is not None and dtype not in kinds:
         raise configs.ConfigError([f"an export is {', '.join(kinds)}; got dtype {dtype!r}"])
-    must_be_empty(folder, "an export is a new folder")
+    must_be_empty(folder, EXPORT)
     model = load(run_dir, overrides)
-    origin = run_dir / convert.ORIGIN
-    if origin.is_file():
-        found = convert.read_json(origin)
-        published, dtypes = found["config"], found["dtypes"]
-    else:
-        name, published = convert.family_of(model.config.model, model.config.data.sequence)
-        published |= {"dtype": dtype or "float32"}
-        dtypes = {}
+    published, dtypes = origin(run_dir, model.config.model)
+    if not published:
+        published = convert.family_of(model.config.model, model.config.data.sequence)[1] | {"dtype": "float32"}
     if dtype is not None:
         published, dtypes = {key: value for key, value in published.items() if key != "torch_dtype"} | {
             "dtype": dtype}, {}
-    folder.mkdir(parents=True, exist_ok=True)
-    result = convert.export(model.sharded, model.weights, folder, published, dtypes, kinds[dtype or "float32"])
-    for name in convert.BESIDE:
-        if (run_dir / name).is_file():
-            shutil.copyfile(run_dir / name, folder / name)
+    with written(folder, EXPORT):
+        for name in convert.BESIDE:
+            if (run_dir / name).is_file():
+                shutil.copyfile(run_dir / name, folder / name)
+        result = convert.export(model.sharded, model.weights, folder, published, dtypes, kinds[dtype or "float32"])
     return {"folder": str(folder), "family": published["model_type"]} | result
 
 
+def origin(run_dir: Path, model: configs.Model) -> tuple[dict[str, Any], dict[str, str]]:
+    """The config.json that a run came with and the types of its tensors; none where it has none, or is another model
+    by now.
+    """
+    if is_published(run_dir / "config.json"):
+        checkpoint = convert.Checkpoint(run_dir)
+        found = {"config": checkpoint.config, "dtypes": checkpoint.dtypes()}
+    elif (run_dir / convert.ORIGIN).is_file():
+        found = convert.read_json(run_dir / convert.ORIGIN)
+    else:
+        return {}, {}
+    published, dtypes = found.get("config"), found.get("dtypes")
+    if not (isinstance(published, dict) and isinstance(dtypes, dict) and str(published.get("model_type")) in FAMILIES):
+        raise configs.ConfigError([f"{run_dir / convert.ORIGIN} holds the config and dtypes of a checkpoint, as an "
+                                   "import wrote them; it does not; import the checkpoint again"])
+    return (published, dtypes) if convert.expresses(published, model) else ({}, {})
+
+
+@contextmanager
+def written(folder: Path, rule: str) -> Iterator[None]:
+    """While a new folder is being written; where that fails it is gone again.
+
+    Raises:
+        ConfigError: it is not empty, or cannot be written.
+    """
+    problem = f"{rule}; {folder} cannot be written"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise configs.ConfigError([f"{problem} ({error}); name another"]) from None
+    must_be_empty(folder, rule)
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise configs.ConfigError([f"{problem} ({error}); make room, or name another"]) from None
+
+
 def must_be_empty(folder: Path, rule: str) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise configs.ConfigError([f"{rule}; {folder} is there already; name another, or remove it"])
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ ORIGIN = "huggingface.json"  # in the run folder: the config it came with, and t
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
           "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 SHARD = 2 << 30  # bytes of a file of an export, at most, unless one tensor is larger
+FLOAT16 = 65520  # and above is rounded to infinity
+IN_PLACE = ("cpu",)  # platforms whose devices work in the memory of the host
 ROWS = 128  # of a matrix that are transposed at once: they stay in the cache
 THREADS = min(os.cpu_count() or 1, 16)
 UNUSED = re.compile(r"rotary_emb\.inv_freq$")  # written by older versions
@@ -58,10 +61,11 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder, self.config = folder, read_json(folder / "config.json")
         name = self.config.get("model_type")
-        if name not in FAMILIES:
+        if not isinstance(name, str) or name not in FAMILIES:
             raise ConfigError([f"model_type is one of {', '.join(FAMILIES)}; {folder / 'config.json'} has {name!r}"])
         if self.config.get("quantization_config"):
-            method = self.config["quantization_config"].get("quant_method", "unknown")
+            found = self.config["quantization_config"]
+            method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
             raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised ({method}); "
                                "take a checkpoint that is not, or dequantise it first"])
         self.family, read = FAMILIES[name], Reader(self.config)
@@ -72,29 +76,42 @@ class Checkpoint:
 
     def open(self) -> dict[str, File]:
         """Name -> the open file that holds the tensor."""
-        problems, found = [], {}
-        for path in self.shards():
+        problems, found, (paths, index) = [], {}, self.shards()
+        for path in paths:
             try:
                 file = File(path)
-                found |= dict.fromkeys(file.tensors, file)
             except (ValueError, OSError) as error:
                 problems.append(f"{path} is not a whole safetensors file ({error}); fetch it again")
+                continue
+            problems += [f"a tensor lies in one file; {name} is in {found[name].path} and in {path}; fetch them again"
+                         for name in sorted(found.keys() & file.tensors.keys())]
+            found |= dict.fromkeys(file.tensors, file)
         if problems:
             raise ConfigError(problems)
+        wrong = [f"{self.folder / INDEX} says in which file a tensor lies; {name} is said to be in {file}, and is "
+                 f"{f'in {found[name].path.name}' if name in found else 'in none'}; fetch them again"
+                 for name, file in index.items() if name not in found or found[name].path.name != file]
+        if wrong:
+            raise ConfigError(wrong)
         return found
 
-    def shards(self) -> list[Path]:
+    def shards(self) -> tuple[list[Path], dict[str, str]]:
+        """The files, and in which of them the index says that a tensor lies."""
         single, index = self.folder / "model.safetensors", self.folder / INDEX
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
-            names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-            missing = [name for name in names if not (self.folder / name).is_file()]
-            if missing or not names:
-                raise ConfigError([f"{index} names the files of the weights; {', '.join(missing) or 'it names none'}"
-                                   f"{' is not there' if missing else ''}; fetch it again"])
-            return [self.folder / name for name in names]
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ConfigError([f"{index} names the files of the weights; it names none; fetch it again"])
+            problems = [f"{index} names files beside it; it has {weight_map[name]!r} for {name}; fetch it again"
+                        for name in weight_map if not beside(weight_map[name])]
+            names = sorted({name for name in weight_map.values() if beside(name)})
+            problems += [f"{index} names the files of the weights; {name} is not there; fetch it again"
+                         for name in names if not (self.folder / name).is_file()]
+            if problems:
+                raise ConfigError(problems)
+            return [self.folder / name for name in names], weight_map
         if single.is_file():
-            return [single]
+            return [single], {}
         pickled = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickled:
             raise ConfigError([f"weights are read from safetensors; {self.folder} has {', '.join(pickled)}, which are "
@@ -113,7 +130,7 @@ class Checkpoint:
             wrong.append(f"{name} of shape {list(wanted[name].shape)} is missing")
         for name in sorted(self.files.keys() - wanted.keys()):
             layer = re.match(r"model\.layers\.(\d+)\.", name)
-            later = layer and layers <= int(layer[1]) < layers + self.config.get("num_nextn_predict_layers", 0)
+            later = layer and layers <= int(layer[1]) < layers + (self.config.get("num_nextn_predict_layers") or 0)
             tied = name == "lm_head.weight" and self.model.tied
             if later or tied or UNUSED.search(name):
                 left.append(name)
@@ -140,19 +157,33 @@ class Checkpoint:
             return {weight: self.place(sharded, weight, parts, pool) for weight, parts in by_weight.items()}, left
 
     def place(self, sharded: Sharded, weight: str, parts: list[tuple[str, Tensor]], pool: ThreadPoolExecutor) -> Array:
-        shape, axes = sharded.shapes[weight], rules.names(sharded.axes[weight])
-        made: dict[str, np.ndarray] = {}
+        shape, axes, sharding = sharded.shapes[weight], rules.names(sharded.axes[weight]), sharded.shardings[weight]
+        made: dict[str, Any] = {}
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
-            if str(index) not in made:  # devices that hold the same
-                ranges = {axis: range(*one.indices(size)) for axis, one, size in zip(axes, index, shape, strict=True)}
-                # Zeros, and they stay so in the balancing bias of a router that has none.
-                out = host_array(tuple(len(one) for one in ranges.values()), np.float32)
-                list(pool.map(lambda part: self.fill(out, ranges, *part, sharded), parts))
-                made[str(index)] = out
-            return made[str(index)]
+        def block(index: tuple[slice, ...], device: jax.Device) -> Any:
+            """What the device holds: an array of the host that it takes as it is, or layers that it was sent."""
+            ranges = {axis: range(*one.indices(size)) for axis, one, size in zip(axes, index, shape, strict=True)}
+            if device.platform in IN_PLACE or "layer" not in ranges:
+                return self.read(ranges, parts, sharded, pool)
+            out = jnp.zeros([len(one) for one in ranges.values()], jnp.float32, device=device)
+            for at, layer in enumerate(ranges["layer"]):
+                out = put(out, self.read(ranges | {"layer": range(layer, layer + 1)}, parts, sharded, pool, device), at)
+            return out
 
-        return jax.make_array_from_callback(shape, sharded.shardings[weight], block)
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            if str(index) not in made:  # other devices may hold the same
+                made[str(index)] = block(index, device)
+        return jax.make_array_from_single_device_arrays(shape, sharding, [
+            jax.device_put(made[str(index)], device)
+            for device, index in sharding.addressable_devices_indices_map(shape).items()])
+
+    def read(self, ranges: Mapping[str, range], parts: list[tuple[str, Tensor]], sharded: Sharded,
+             pool: ThreadPoolExecutor, device: jax.Device | None = None) -> Any:
+        """A part of our weight on this host, or on the device, once it is there."""
+        # Zeros, and they stay so in the balancing bias of a router that has none.
+        out = host_array(tuple(len(one) for one in ranges.values()), np.float32)
+        list(pool.map(lambda part: self.fill(out, ranges, *part, sharded), parts))
+        return out if device is None else jax.block_until_ready(jax.device_put(out, device))
 
     def fill(self, out: np.ndarray, ranges: Mapping[str, range], name: str, tensor: Tensor, sharded: Sharded) -> None:
         """The part of our block that one tensor holds."""
@@ -172,6 +203,12 @@ class Checkpoint:
         order = [axis for dim in dims for axis in dim]
         copy(out[at], value.transpose([order.index(axis) for axis in ranges if axis not in tensor.at]))
         file.leave(name)
+
+
+@partial(jax.jit, donate_argnums=0)
+def put(out: Array, row: Array, at: Array) -> Array:
+    """`out` with one layer in its place."""
+    return jax.lax.dynamic_update_slice_in_dim(out, row, at, 0)
 
 
 def entries_of(published: Mapping[str, Any]) -> tuple[Entry, ...]:
@@ -244,16 +281,21 @@ def fits(entry: Entry, held: Sequence[str], axes: Sequence[str]) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"{path} must be a JSON object; it cannot be read ({error})"]) from None
     if not isinstance(found, dict):
         raise ConfigError([f"{path} must be a JSON object; it is a {type(found).__name__}"])
     return found
 
 
+def beside(name: Any) -> bool:
+    """Whether it is the name of a file in the folder itself."""
+    return isinstance(name, str) and name == Path(name).name
+
+
 def config_of(checkpoint: Checkpoint, run_dir: Path, tokenizer: str) -> Config:
     """A config for an imported model: whole on one device until a mesh is set."""
-    longest = checkpoint.config.get("max_position_embeddings", 2048)
+    longest = checkpoint.config.get("max_position_embeddings") or 2048
     return Config(name=run_dir.name, run_dir=str(run_dir), model=checkpoint.model,
                   data=Data(sequence=min(longest, 2048), batch=1, tokenizer=tokenizer))
 
@@ -276,6 +318,11 @@ def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
                        f"nearest, and cannot express {what}; train a model without it" for what in lacks[nearest]])
 
 
+def expresses(published: Mapping[str, Any], model: configs.Model) -> bool:
+    """Whether a config.json is of this model, apart from what is of training."""
+    return not unlike(model, model_of(FAMILIES[published["model_type"]], Reader(published)))
+
+
 def export(
     sharded: Sharded, weights: Mapping[str, Array], folder: Path, published: dict[str, Any],
     dtypes: Mapping[str, str], default: str,
@@ -286,9 +333,17 @@ def export(
         published: the config.json; its model_type names the family.
         dtypes, default: keys of DTYPES, by tensor.
     Returns: {"tensors": number, "bytes": of all}.
+    Raises:
+        ConfigError: a number is too large for float16.
     """
     wanted = tensors(entries_of(published), sharded)
     sizes = {name: math.prod(one.shape) * DTYPES[dtypes.get(name, default)].itemsize for name, one in wanted.items()}
+    large = {name: float(jnp.max(jnp.abs(weights[name]))) for name in sorted(
+        {one.weight for key, one in wanted.items() if dtypes.get(key, default) == "F16"})}
+    problems = [f"float16 holds numbers below {FLOAT16}; {name} goes up to {most:.6g}; export as bfloat16 or float32"
+                for name, most in large.items() if FLOAT16 <= most < math.inf]
+    if problems:
+        raise ConfigError(problems)
     files = list(shards(sizes, SHARD))
     where = {}
     for i, names in enumerate(files, 1):

@@ -5,6 +5,7 @@ follows from the two; several axes in brackets share a dimension.  The model nev
 family needs is a value in the config.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -95,29 +96,69 @@ MIXTRAL_EXPERTS = (*mlp("block_sparse_moe.experts.{expert}.", "feed.", ("w1", "w
 QWEN_EXPERTS = (*mlp("mlp.experts.{expert}.", "feed."), Entry(LAYER + "mlp.gate.weight", "feed.router", "choice embed"))
 
 
-class Reader:
-    """A published config; remembers what was asked of it, and what our model cannot do."""
+LAYERS = 10_000  # at most; a number beyond it is a mistake, and would be counted out layer by layer
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "a whole number, 1 or more": lambda x: type(x) is int and 0 < x < 2**31,
+    "a whole number": lambda x: type(x) is int and 0 <= x < 2**31,
+    "a number": lambda x: type(x) in (int, float) and math.isfinite(x),
+    "a number above 0": lambda x: type(x) in (int, float) and 0 < x < math.inf,
+    "true or false": lambda x: type(x) is bool,
+    "text": lambda x: type(x) is str,
+    "a list of texts": lambda x: type(x) is list and all(type(each) is str for each in x),
+    "a list of numbers": lambda x: type(x) is list and all(type(each) is int for each in x),
+    "a JSON object": lambda x: isinstance(x, dict),
+    f"a whole number, from 1 to {LAYERS}": lambda x: type(x) is int and 0 < x <= LAYERS}
+KEYS = {key: kind for kind, keys in zip(KINDS, (
+    "hidden_size num_attention_heads num_key_value_heads head_dim intermediate_size vocab_size "
+    "max_position_embeddings original_max_position_embeddings num_local_experts num_experts n_routed_experts "
+    "num_experts_per_tok moe_intermediate_size decoder_sparse_step n_group topk_group kv_lora_rank qk_rope_head_dim "
+    "v_head_dim",
+    "shared_expert_intermediate_size n_shared_experts first_k_dense_replace max_window_layers q_lora_rank "
+    "sliding_window qk_nope_head_dim num_nextn_predict_layers",
+    "router_aux_loss_coef router_jitter_noise input_jitter_noise embedding_multiplier residual_multiplier "
+    "attention_multiplier routed_scaling_factor swiglu_alpha mscale mscale_all_dim attention_factor",
+    "rms_norm_eps rope_theta clip_qkv swiglu_limit logits_scaling factor low_freq_factor high_freq_factor beta_fast "
+    "beta_slow partial_rotary_factor",
+    "tie_word_embeddings attention_bias mlp_bias qkv_bias lm_head_bias norm_topk_prob use_sliding_window truncate "
+    "rope_interleave",
+    "hidden_act rope_type type topk_method scoring_func", "layer_types", "mlp_only_layers",
+    "rope_parameters rope_scaling", "num_hidden_layers"), strict=True) for key in keys.split()}
 
-    def __init__(self, values: Mapping[str, Any]):
-        self.values, self.asked, self.problems = values, set(), []
+
+class Reader:
+    """A published config; remembers what was asked of it, and what our model cannot do.  `inside` is part of it."""
+
+    def __init__(self, values: Mapping[str, Any], inside: str = "", problems: list[str] | None = None):
+        self.values, self.asked, self.inside = values, set(), inside
+        self.problems = [] if problems is None else problems
 
     def __call__(self, key: str, default: Any = None) -> Any:
+        """A value of the wrong kind is a problem, and the default."""
         self.asked.add(key)
         value = self.values.get(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        if not KINDS[KEYS[key]](value):
+            self.problem(f"config.json must hold {KEYS[key]}, as {self.inside}{key}; it has {value!r}")
+            return default
+        return value
+
+    def problem(self, text: str) -> None:
+        """As a key may be asked for twice, each is told once."""
+        if text not in self.problems:
+            self.problems.append(text)
 
     def require(self, key: str) -> Any:
         value = self(key)
-        if value is None:
-            self.problems.append(f"config.json must hold {key}; it does not")
-            return 1
-        return value
+        if self.values.get(key) is None:
+            self.problem(f"config.json must hold {self.inside}{key}; it does not")
+        return 1 if value is None else value
 
     def only(self, key: str, *right: Any) -> None:
         """The first value is the default."""
         value = self(key, right[0])
         if value not in right:
-            self.problems.append(f"{key} can be {' or '.join(map(repr, right))} here; config.json has {value!r}")
+            self.problem(f"{key} can be {' or '.join(map(repr, right))} here; config.json has {value!r}")
 
 
 @dataclass(frozen=True)
@@ -151,43 +192,48 @@ def model_of(family: Family, read: Reader) -> Model:
 
 def rope(read: Reader, theta: float) -> tuple[float, str]:
     """Theta and our text of the scaling, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    found = read("rope_parameters") or {"rope_theta": read("rope_theta", theta)} | (read("rope_scaling") or {})
-    if any(isinstance(value, dict) for value in found.values()):
-        read.problems.append(f"rope_parameters are the same for all layers here; config.json has {found}")
+    found = rope_reader(read)
+    if any(isinstance(value, dict) for value in found.values.values()):
+        read.problems.append(f"rope_parameters are the same for all layers here; config.json has {found.values}")
         return theta, ""
-    if found.get("partial_rotary_factor", 1.0) != 1.0:
-        read.problems.append("rotary positions turn whole heads here; config.json has partial_rotary_factor "
-                             f"{found['partial_rotary_factor']}")
+    part = found("partial_rotary_factor", read("partial_rotary_factor", 1.0))
+    if part != 1.0:
+        read.problems.append(f"rotary positions turn whole heads here; config.json has partial_rotary_factor {part}")
     longest = read("max_position_embeddings", 2048)
-    original = found.get("original_max_position_embeddings") or read("original_max_position_embeddings", longest)
-    kind, numbers = found.get("rope_type", found.get("type", "default")), {}
+    original = found("original_max_position_embeddings", read("original_max_position_embeddings", longest))
+    kind, numbers = found("rope_type", found("type", "default")), {}
     if kind == "default":
         kind = ""
     elif kind == "linear":
-        numbers = {"factor": found["factor"]}
+        numbers = {"factor": found.require("factor")}
     elif kind == "dynamic":
-        numbers = {"factor": found["factor"], "original": longest}
+        numbers = {"factor": found.require("factor"), "original": longest}
     elif kind == "llama3":
-        numbers = {"factor": found["factor"], "low": found["low_freq_factor"], "high": found["high_freq_factor"],
-                   "original": original}
+        numbers = {"factor": found.require("factor"), "low": found.require("low_freq_factor"),
+                   "high": found.require("high_freq_factor"), "original": original}
     elif kind == "yarn":
-        numbers = {"factor": found.get("factor") or longest / original, "original": original,
-                   "fast": found.get("beta_fast") or 32, "slow": found.get("beta_slow") or 1,
-                   "truncate": int(found.get("truncate", True))}
+        numbers = {"factor": found("factor", longest / original), "original": original,
+                   "fast": found("beta_fast", 32), "slow": found("beta_slow", 1),
+                   "truncate": int(found("truncate", True))}
         numbers["attention"] = sharpening(found, numbers["factor"])
     else:
         read.problems.append(f"a rotary scaling is linear, dynamic, llama3 or yarn here; config.json has {kind!r}")
         kind = ""
     text = " ".join([kind, *(f"{name}={number!r}" for name, number in numbers.items())])
-    return float(found.get("rope_theta") or read("rope_theta", theta)), text
+    return float(found("rope_theta", read("rope_theta", theta))), text
 
 
-def sharpening(found: Mapping[str, Any], factor: float) -> float:
+def rope_reader(read: Reader) -> Reader:
+    name = "rope_parameters" if read("rope_parameters") else "rope_scaling"
+    return Reader(read(name) or {}, f"{name}.", read.problems)
+
+
+def sharpening(found: Reader, factor: float) -> float:
     """What YaRN multiplies sine and cosine by."""
-    if found.get("attention_factor") is not None:
-        return found["attention_factor"]
-    if found.get("mscale") and found.get("mscale_all_dim"):
-        return yarn_factor(factor, found["mscale"]) / yarn_factor(factor, found["mscale_all_dim"])
+    if found("attention_factor") is not None:
+        return found("attention_factor")
+    if found("mscale") and found("mscale_all_dim"):
+        return yarn_factor(factor, found("mscale")) / yarn_factor(factor, found("mscale_all_dim"))
     return yarn_factor(factor)
 
 
@@ -310,10 +356,9 @@ def deepseek_v3(read: Reader) -> dict[str, Any]:
     if "topk_method" in read.values:
         read.only("topk_method", "noaux_tc")
         read.only("scoring_func", "sigmoid")
-    found = read("rope_parameters") or read("rope_scaling") or {}
-    scale = 0.0
-    if found.get("rope_type", found.get("type", "default")) != "default" and found.get("mscale_all_dim"):
-        scale = (still + turned) ** -0.5 * yarn_factor(found["factor"], found["mscale_all_dim"]) ** 2
+    found, scale = rope_reader(read), 0.0
+    if found("rope_type", found("type", "default")) != "default" and found("mscale_all_dim"):
+        scale = (still + turned) ** -0.5 * yarn_factor(found.require("factor"), found("mscale_all_dim")) ** 2
     moe_hidden = read("moe_intermediate_size", 2048)
     return letters(read, lambda i: i >= first, lambda i: False) | {
         "kv_heads": heads, "head_dim": still + turned, "multipliers": (1.0, 1.0, scale, 1.0) if scale else (),
@@ -364,10 +409,12 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
     first = kinds.index("M") if "M" in kinds else len(kinds)
     latent_ = model.latent or (0, 0, model.head_dim, model.head_dim)
     scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
+    kind, numbers = model.rope()
+    longest = int(numbers["original"]) if kind == "dynamic" else longest
     one_width = "M" in kinds and family.read in (mixtral, olmoe, phimoe, granitemoe, gpt_oss)
     every = {
         "hidden_size": model.d_model, "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim, "vocab_size": model.vocab,
+        "num_key_value_heads": model.kv_heads, "head_dim": latent_[2], "vocab_size": model.vocab,
         "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied, "max_position_embeddings": longest,
         "hidden_act": next((name for name, ours in ACTIVATIONS.items() if ours == model.activation), "silu"),
         "rope_parameters": rope_parameters(model), "intermediate_size": moe.hidden if one_width else model.hidden,
@@ -400,8 +447,7 @@ def rope_parameters(model: Model) -> dict[str, Any]:
     names = {"low": "low_freq_factor", "high": "high_freq_factor", "original": "original_max_position_embeddings",
              "fast": "beta_fast", "slow": "beta_slow", "attention": "attention_factor"}
     found = {names.get(name, name): number for name, number in numbers.items()}
-    if "truncate" in found:
-        found["truncate"] = bool(found["truncate"])
+    found |= {key: kind(found[key]) for key, kind in (("truncate", bool), (names["original"], int)) if key in found}
     return {"rope_type": kind or "default", "rope_theta": model.rope_theta} | found
 
 
@@ -410,7 +456,10 @@ def unlike(model: Model, other: Model) -> list[str]:
     def plain(model: Model) -> dict[str, Any]:
         kinds, moe = model.layer_kinds(), asdict(model.moe)
         found = asdict(model) | {"pattern": model.layer_letters(), "moe": None, "biases": sorted(model.biases)}
-        found["rope_scaling"] = (lambda kind, numbers: (kind, sorted(numbers.items())))(*model.rope())
+        kind, numbers = model.rope()
+        if kind == "yarn":  # what it is where it is not said
+            numbers = {"fast": 32, "slow": 1, "truncate": 1, "attention": yarn_factor(numbers["factor"])} | numbers
+        found["rope_scaling"] = (kind, sorted(numbers.items()))
         found["multipliers"] = model.multipliers or (1.0, 1.0, 0.0, 1.0)
         found["multipliers"] = tuple(round(x or model.head_dim**-0.5, 12) for x in found["multipliers"])
         unused = {"hidden": "D" not in kinds, "window": found["pattern"] == kinds,
@@ -420,6 +469,8 @@ def unlike(model: Model, other: Model) -> list[str]:
         if "M" in kinds:
             unused |= {"moe." + name: True for name in of_training}
             unused["moe.mixer_gap"] = model.moe.router != "sparsemixer"
+            unused["moe.softmax"] = model.moe.router != "topk"
+            unused["moe.renormalise"] = model.moe.router in ("sparsemixer", "expert_choice")
             if model.moe.router == "topk" and moe["softmax"] == "after":  # the same as choosing after the softmax
                 moe |= {"softmax": "before", "renormalise": True}
             found |= {f"moe.{name}": value for name, value in moe.items()}

@@ -5,10 +5,11 @@ copies every slice first, at which an import takes twice as long.
 """
 
 import json
+import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,7 @@ class File:
     """An open file.  Raises ValueError, which says what is wrong with it."""
 
     def __init__(self, path: Path):
+        self.path = path
         size = path.stat().st_size
         if size < PREFIX:
             raise ValueError(f"it has {size} bytes")
@@ -40,16 +42,24 @@ class File:
             raise ValueError(f"its header ends at byte {start}, the file at {size}")
         try:
             found = json.loads(self.map[PREFIX:start])
-            self.tensors = {name: Header(one["dtype"], tuple(one["shape"]), *(start + at for at in one["data_offsets"]))
-                            for name, one in found.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"its header cannot be read: {error}") from None
-        for name, one in self.tensors.items():
-            if not start <= one.begin <= one.end <= size:
+            self.tensors = {name: header(one, start) for name, one in found.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"its header cannot be read: {type(error).__name__}: {error}") from None
+        self.check(start, size)
+
+    def check(self, start: int, size: int) -> None:
+        """The tensors fill what follows the header, end to end."""
+        at = start
+        for name, one in sorted(self.tensors.items(), key=lambda item: item[1][2:]):
+            if one.end > size:
                 raise ValueError(f"{name} ends at byte {one.end}, the file at {size}")
-            known = DTYPES.get(one.dtype)
-            if known is not None and np.prod(one.shape, dtype=np.int64) * known.itemsize != one.end - one.begin:
+            if one.begin != at or one.end < at:
+                raise ValueError(f"{name} lies from byte {one.begin} to {one.end}, what is before it ends at {at}")
+            known, at = DTYPES.get(one.dtype), one.end
+            if known is not None and math.prod(one.shape) * known.itemsize != one.end - one.begin:
                 raise ValueError(f"{name} is {one.dtype}{list(one.shape)} and has {one.end - one.begin} bytes")
+        if at != size:
+            raise ValueError(f"its tensors end at byte {at}, the file at {size}")
 
     def view(self, name: str) -> np.ndarray:
         """The tensor, in the mapped file."""
@@ -65,11 +75,20 @@ class File:
             self.map.madvise(mmap.MADV_DONTNEED, begin, one.end - begin)
 
 
+def header(one: dict[str, Any], start: int) -> Header:
+    """Of one tensor, from what the file says of it.  Raises ValueError, KeyError or TypeError."""
+    (begin, end), dtype, shape = one["data_offsets"], one["dtype"], one["shape"]
+    counts = [begin, end, *shape]
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in counts):
+        raise ValueError(f"a tensor has a dtype, a shape and two offsets; got {one}")
+    return Header(dtype, tuple(shape), start + begin, start + end)
+
+
 def write(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], get: Callable[[str], np.ndarray]) -> None:
     """A file of these dtypes and shapes, whose tensors are asked for one at a time."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in tensors.items():
-        size = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+        size = math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()

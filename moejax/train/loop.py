@@ -30,7 +30,14 @@ from moejax.parallel import mesh as meshes
 from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
-from moejax.train.checkpoint import Checkpoints, Position, differences, first_line, restore_weights
+from moejax.train.checkpoint import (
+    Checkpoints,
+    Position,
+    differences,
+    first_line,
+    folder_of,
+    restore_weights,
+)
 from moejax.train.evaluate import validation_loss
 from moejax.train.fault import Stop, Watchdog, tell
 from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
@@ -79,11 +86,13 @@ def train(config: Config) -> dict[str, Any]:
 
         # Restore
         watchdog.at("restoring")
+        begin = None if begun(config) else beginning(sharded)  # which may be refused: then nothing is kept
         keep(config, run_dir)
         checkpoints = stack.enter_context(closing(Checkpoints(config, tell)))
         layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
         state, position = checkpoints.restore(*layout) or (
-            states.fresh(sharded, optimizer, beginning(sharded)), Position(0, 0))
+            states.fresh(sharded, optimizer, begin), Position(0, 0))
+        del begin
         describe(config, sharded, run_dir)
         meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)
         processes.barrier("restored")  # the log is cut back from here on
@@ -181,16 +190,34 @@ def shared_corpus(config: Config) -> Corpus:
     return corpus if processes.first() else open_corpus(config.data, config.model.vocab)
 
 
+def begun(config: Config) -> bool:
+    folder = folder_of(config.checkpoint, config.run_dir)
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def beginning(sharded: Sharded) -> dict[str, Any] | None:
-    """The weights of train.init, if it names a run.  Raises ConfigError as `restore_weights`."""
+    """The weights of train.init, if it names a run.
+
+    Raises:
+        ConfigError: it is no run folder, or as `restore_weights`.
+    """
     init = sharded.config.train.init
     if not init:
         return None
     path = Path(init) / "config.json"
+    rule = f"train.init names a run folder; {init}"
     if not path.is_file():
-        raise ConfigError([f"train.init names a run folder, which holds a config.json; {init} has none; a Hugging Face "
-                           "checkpoint is made one by moejax import"])
-    return restore_weights(Path(init), sharded, rules=configs.from_json(path.read_text()).checkpoint)
+        raise ConfigError([f"{rule} holds no config.json; name another"])
+    if '"model_type"' in path.read_text():
+        raise ConfigError([f"{rule} is a Hugging Face checkpoint; make a run of it with moejax import {init} RUN"])
+    try:
+        there = configs.from_json(path.read_text())
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+    unlike = [what for what in differences(there, sharded.config) if what.startswith("model.")]
+    if unlike:
+        tell(f"this model is not that of {init}: {'; '.join(unlike)}")
+    return restore_weights(Path(init), sharded, rules=there.checkpoint)
 
 
 def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Position, record: dict[str, Any],

@@ -7,13 +7,18 @@ import json
 from functools import cache
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import moejax
+from moejax.data.batch import Batch
+from moejax.hf import convert
+from moejax.model.sharded import on_mesh
 from moejax.serve.generate import generate_tokens
+from moejax.train.step import make_gradients
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LOGITS = 1e-4  # as in conftest
@@ -132,3 +137,32 @@ def test_a_config_as_older_versions_wrote_it(name, key, tmp_path):
     config["rope_scaling"] = None if kind == "default" else rope | {key: kind}
     folder = write(tmp_path / "old", config, load_file(FIXTURES / name / "model.safetensors"))
     assert moejax.load(folder).config.model == moejax.load(FIXTURES / name).config.model
+
+
+def test_sent_to_devices_layer_by_layer(monkeypatch):
+    """As to a GPU: never a whole stack of layers on the host."""
+    monkeypatch.setattr(convert, "IN_PLACE", ())
+    apart = on_a_mesh("qwen3_moe").weights
+    monkeypatch.undo()
+    for name, value in on_a_mesh("qwen3_moe").weights.items():
+        np.testing.assert_array_equal(apart[name], value)
+        assert apart[name].sharding == value.sharding
+
+
+def test_the_gradient_of_a_dense_model():
+    """Of the mean loss over the tokens of a batch whose second row ends in padding."""
+    model, expected = moejax.load(FIXTURES / "llama"), reference("llama")
+    tokens, mask = expected["input_ids_padded"], expected["attention_mask_padded"]
+    targets, counts = np.roll(tokens, -1, 1), np.roll(mask, -1, 1).astype(np.float32)
+    counts[:, -1] = 0  # nothing follows
+    batch = Batch(tokens.astype(np.int32), targets.astype(np.int32), counts, np.arange(2, dtype=np.int32))
+    gradients, figures = jax.jit(make_gradients(model.sharded))(
+        model.weights, on_mesh(model.sharded.mesh, batch), jax.random.key(0))
+    np.testing.assert_allclose(figures.loss, expected["loss_padded"], rtol=1e-6)
+    wanted = convert.tensors(convert.entries_of(settings("llama")), model.sharded)
+    for name, tensor in wanted.items():
+        found = convert.fetch(gradients, tensor, model.sharded)
+        norm = expected[f"gradnorm_padded/{name}"]
+        np.testing.assert_allclose(np.linalg.norm(found), norm, rtol=1e-4)
+        if f"grad_padded/{name}" in expected:
+            assert np.linalg.norm(found - expected[f"grad_padded/{name}"]) <= 1e-4 * norm
