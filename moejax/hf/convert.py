@@ -153,8 +153,9 @@ class Checkpoint:
         by_weight: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in sharded.axes}
         for name, tensor in wanted.items():
             by_weight[tensor.weight].append((name, tensor))
-        with ThreadPoolExecutor(THREADS) as pool:
-            return {weight: self.place(sharded, weight, parts, pool) for weight, parts in by_weight.items()}, left
+        with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(2) as some:  # two weights at a time
+            placed = some.map(lambda weight: self.place(sharded, weight, by_weight[weight], pool), by_weight)
+            return dict(zip(by_weight, placed, strict=True)), left
 
     def place(self, sharded: Sharded, weight: str, parts: list[tuple[str, Tensor]], pool: ThreadPoolExecutor) -> Array:
         shape, axes, sharding = sharded.shapes[weight], rules.names(sharded.axes[weight]), sharded.shardings[weight]

@@ -1,7 +1,7 @@
 """Importing published weights: bandwidth and memory against reading the same files.  `published.py [GB] [DTYPE …]`."""
 
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -58,14 +58,20 @@ def read(folder: Path) -> float:
 
 
 def load(folder: str) -> None:
-    """Seconds of a load, and the most memory that this process had, in GB, beside the weights."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Seconds of a load once JAX has started, and the most memory that it took in GB, beside the weights."""
+    jax.devices()
+    before = peak()
     begin = time.perf_counter()
     weights = moejax.load(folder).weights
     jax.block_until_ready(weights)
     taken = time.perf_counter() - begin
-    most = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    print(json.dumps([taken, (most - sum(x.nbytes for x in weights.values())) / 1e9]))
+    print(json.dumps([taken, (peak() - before - sum(x.nbytes for x in weights.values())) / 1e9]))
+
+
+def peak() -> int:
+    """Bytes that this process has had in memory at most, where the system tells."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
 
 
 def main() -> None:
