@@ -18,6 +18,7 @@ from moejax.config import Checkpoint, Config, Data, Model, MoE, load_config
 from moejax.data.loader import Samples, open_corpus, train_batch
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
+from moejax.parallel.memory import host_array
 from moejax.train import state as states
 from moejax.train.checkpoint import Checkpoints, Position
 from moejax.train.optimizer import make_optimizer
@@ -86,8 +87,12 @@ def disk(folder: Path) -> dict[str, float]:
             os.fsync(file.fileno())
 
     def read() -> list[np.ndarray]:
+        """Into memory that is new to the process, as that of a restore is."""
+        arrays = [host_array(x.shape, x.dtype) for x in jax.tree.leaves(state)]
         with plain.open("rb") as file:
-            return [np.fromfile(file, x.dtype, x.size) for x in jax.tree.leaves(state)]
+            for x in arrays:
+                file.readinto(x.reshape(-1).view(np.uint8).data)
+        return arrays
 
     for round_ in range(6):
         timed("copy", lambda: [np.array(x, copy=True) for x in jax.tree.leaves(state)])
