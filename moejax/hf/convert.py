@@ -22,7 +22,7 @@ from jax import Array
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError, Data
-from moejax.hf.names import FAMILIES, Entry, Reader, describe, model_of, unlike
+from moejax.hf.names import FAMILIES, Entry, describe, model_of, unlike
 from moejax.hf.safetensors import DTYPES, File, shards, write
 from moejax.model import transformer
 from moejax.model.sharded import Sharded
@@ -68,7 +68,7 @@ class Checkpoint:
             method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
             raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised ({method}); "
                                "take a checkpoint that is not, or dequantise it first"])
-        self.family, read = FAMILIES[name], Reader(self.config)
+        self.family, read = FAMILIES[name], FAMILIES[name].reader(self.config)
         self.model = model_of(self.family, read)
         if read.problems:
             raise ConfigError(read.problems)
@@ -310,7 +310,7 @@ def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
     lacks = {}
     for name, family in FAMILIES.items():
         found = describe(model, family, longest)
-        read = Reader(found)
+        read = family.reader(found)
         lacks[name] = unlike(model, model_of(family, read)) + read.problems
         if not lacks[name]:
             return name, {"model_type": name, "architectures": [family.architecture], **found}
@@ -321,7 +321,8 @@ def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
 
 def expresses(published: Mapping[str, Any], model: configs.Model) -> bool:
     """Whether a config.json is of this model, apart from what is of training."""
-    return not unlike(model, model_of(FAMILIES[published["model_type"]], Reader(published)))
+    family = FAMILIES[published["model_type"]]
+    return not unlike(model, model_of(family, family.reader(published)))
 
 
 def export(

@@ -7,7 +7,7 @@ family needs is a value in the config.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from moejax.config import Model, MoE
@@ -168,7 +168,10 @@ class Family:
     architecture: str
     entries: tuple[Entry, ...]
     read: Callable[[Reader], dict[str, Any]]
-    theta: float = 10_000.0  # where the config is silent
+    silent: Mapping[str, Any] = field(default_factory=dict)  # what it means that a config lacks a key, where not null
+
+    def reader(self, published: Mapping[str, Any]) -> "Reader":
+        return Reader({**self.silent, **published})
 
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
@@ -180,7 +183,7 @@ def model_of(family: Family, read: Reader) -> Model:
     act = read("hidden_act", "silu")
     if act not in ACTIVATIONS:
         read.problems.append(f"hidden_act can be {', '.join(ACTIVATIONS)} here; config.json has {act!r}")
-    theta, scaling = rope(read, family.theta)
+    theta, scaling = rope(read)
     fields = dict(
         layers=read.require("num_hidden_layers"), pattern="D", d_model=width, heads=heads,
         kv_heads=read("num_key_value_heads", heads), head_dim=read("head_dim", width // heads),
@@ -190,9 +193,9 @@ def model_of(family: Family, read: Reader) -> Model:
     return Model(**fields | family.read(read))
 
 
-def rope(read: Reader, theta: float) -> tuple[float, str]:
+def rope(read: Reader) -> tuple[float, str]:
     """Theta and our text of the scaling, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    found = rope_reader(read)
+    found, theta = rope_reader(read), read("rope_theta", 10_000.0)
     if any(isinstance(value, dict) for value in found.values.values()):
         read.problems.append(f"rope_parameters are the same for all layers here; config.json has {found.values}")
         return theta, ""
@@ -220,7 +223,7 @@ def rope(read: Reader, theta: float) -> tuple[float, str]:
         read.problems.append(f"a rotary scaling is linear, dynamic, llama3 or yarn here; config.json has {kind!r}")
         kind = ""
     text = " ".join([kind, *(f"{name}={number!r}" for name, number in numbers.items())])
-    return float(found("rope_theta", read("rope_theta", theta))), text
+    return float(found("rope_theta", theta)), text
 
 
 def rope_reader(read: Reader) -> Reader:
@@ -311,7 +314,7 @@ def qwen3_moe(read: Reader) -> dict[str, Any]:
 
 def olmoe(read: Reader) -> dict[str, Any]:
     attention = read("attention_bias", False)
-    return letters(read, lambda i: True, lambda i: True) | {
+    return letters(read, lambda i: True, lambda i: False) | {
         "qk_norm": "all", "biases": biases(qkv=attention, output=attention), "qkv_limit": read("clip_qkv"),
         "moe": moe(read, experts=read("num_experts", 64), active=read("num_experts_per_tok", 8),
                    hidden=read.require("intermediate_size"), renormalise=bool(read("norm_topk_prob", False)))}
@@ -340,7 +343,7 @@ def granitemoe(read: Reader) -> dict[str, Any]:
 def gpt_oss(read: Reader) -> dict[str, Any]:
     attention = read("attention_bias", True)
     return letters(read, lambda i: True, lambda i: i % 2 == 0) | {
-        "head_dim": read("head_dim", 64), "activation": "clamped_swiglu",
+        "activation": "clamped_swiglu",
         "clamp": (float(read("swiglu_alpha", 1.702)), float(read("swiglu_limit", 7.0))),
         "biases": biases(qkv=attention, output=attention, sinks=True, experts=True, router=True),
         "moe": moe(read, experts=read("num_local_experts", read("num_experts", 128)),
@@ -374,14 +377,20 @@ def deepseek_v3(read: Reader) -> dict[str, Any]:
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", (*OUTSIDE, *ATTENTION, *DENSE), llama),
-    "mistral": Family("MistralForCausalLM", (*OUTSIDE, *ATTENTION, *DENSE), mistral),
-    "mixtral": Family("MixtralForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), mixtral, 1e6),
+    "mistral": Family("MistralForCausalLM", (*OUTSIDE, *ATTENTION, *DENSE), mistral, {
+        "num_key_value_heads": 8, "sliding_window": 4096}),
+    "mixtral": Family("MixtralForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), mixtral, {
+        "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
     "qwen2_moe": Family("Qwen2MoeForCausalLM", (
         *OUTSIDE, *ATTENTION, *DENSE, *QWEN_EXPERTS, *mlp("mlp.shared_expert.", "feed.shared."),
-        Entry(LAYER + "mlp.shared_expert_gate.weight", "feed.shared_gate", "one embed")), qwen2_moe),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*OUTSIDE, *ATTENTION, *HEAD_NORMS, *DENSE, *QWEN_EXPERTS), qwen3_moe),
-    "olmoe": Family("OlmoeForCausalLM", (*OUTSIDE, *ATTENTION, *WHOLE_NORMS, *QWEN_EXPERTS), olmoe),
-    "phimoe": Family("PhimoeForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), phimoe, 1e6),
+        Entry(LAYER + "mlp.shared_expert_gate.weight", "feed.shared_gate", "one embed")), qwen2_moe,
+        {"num_key_value_heads": 16, "sliding_window": 4096}),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*OUTSIDE, *ATTENTION, *HEAD_NORMS, *DENSE, *QWEN_EXPERTS), qwen3_moe, {
+        "num_key_value_heads": 4, "sliding_window": 4096}),
+    "olmoe": Family("OlmoeForCausalLM", (*OUTSIDE, *ATTENTION, *WHOLE_NORMS, *QWEN_EXPERTS), olmoe, {
+        "rms_norm_eps": 1e-5}),
+    "phimoe": Family("PhimoeForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), phimoe, {
+        "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
     "granitemoe": Family("GraniteMoeForCausalLM", (
         *OUTSIDE, *ATTENTION, Entry(LAYER + "block_sparse_moe.router.layer.weight", "feed.router", "choice embed"),
         Entry(LAYER + "block_sparse_moe.input_linear.weight", "feed.up", "expert (gate hidden) embed"),
@@ -392,7 +401,9 @@ FAMILIES = {
         Entry(LAYER + "mlp.experts.gate_up_proj", "feed.up", "expert embed (hidden gate)"),
         Entry(LAYER + "mlp.experts.gate_up_proj_bias", "feed.up_bias", "expert (hidden gate)"),
         Entry(LAYER + "mlp.experts.down_proj", "feed.down", "expert hidden embed"),
-        Entry(LAYER + "mlp.experts.down_proj_bias", "feed.down_bias", "expert norm")), gpt_oss, 150_000.0),
+        Entry(LAYER + "mlp.experts.down_proj_bias", "feed.down_bias", "expert norm")), gpt_oss, {
+            "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "rope_theta": 150_000.0,
+            "rms_norm_eps": 1e-5}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (
         *OUTSIDE, *LATENT, *DENSE, *QWEN_EXPERTS, *mlp("mlp.shared_experts.", "feed.shared."),
         Entry(LAYER + "mlp.gate.e_score_correction_bias", "feed.bias", "choice")), deepseek_v3),
@@ -436,7 +447,7 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
         "rope_interleave": True, "clip_qkv": model.qkv_limit, "swiglu_alpha": model.clamp[0],
         "swiglu_limit": model.clamp[1], "embedding_multiplier": scale[0], "residual_multiplier": scale[1],
         "attention_multiplier": scale[2] or model.head_dim**-0.5, "logits_scaling": 1 / scale[3]}
-    read = Reader(every)
+    read = family.reader(every)
     model_of(family, read)
     asked = read.asked | ({"rope_interleave"} if model.latent else set())
     return {key: value for key, value in every.items() if key in asked}

@@ -19,6 +19,7 @@ from moejax.api import export_run, import_folder
 from moejax.cli import main
 from moejax.config import Config, ConfigError, Data, Model, MoE
 from moejax.hf import convert
+from moejax.hf.names import FAMILIES, model_of
 from moejax.model.sharded import Sharded
 from moejax.parallel import mesh as meshes
 from moejax.train import checkpoint
@@ -521,3 +522,17 @@ def test_training_begins_with_the_imported_weights(tmp_path, capfd):
         assert not (fresh / "config.json").exists()  # so that the same command can be repaired
     assert main([*command, f"train.init={run}", f"run_dir={fresh}", "train.steps=1", "model.norm_eps=1e-4"]) == 0
     assert f"this model is not that of {run}: model.norm_eps" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "key", "found"), [
+    ("mistral", "sliding_window", lambda model: model.window == 4096),
+    ("mixtral_gqa", "rms_norm_eps", lambda model: model.norm_eps == 1e-5),
+    ("mixtral_gqa", "rope_parameters", lambda model: model.rope_theta == 1e6),
+    ("gpt_oss", "head_dim", lambda model: model.head_dim == 64),
+    ("llama", "num_key_value_heads", lambda model: model.kv_heads == model.heads)])
+def test_what_a_config_leaves_out_is_as_its_family_has_it(name, key, found):
+    """The defaults of transformers 5.23, by class."""
+    published = json.loads((FIXTURES / name / "config.json").read_text())
+    del published[key]
+    family = FAMILIES[published["model_type"]]
+    assert found(model_of(family, family.reader(published)))
