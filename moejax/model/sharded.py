@@ -49,9 +49,10 @@ class Sharded:
         return jax.jit(make, out_shardings=self.shardings)()
 
     def parameters(self) -> tuple[int, int]:
-        """How many there are: all, and those that work on a token."""
+        """How many are trained: all, and those that work on a token."""
         moe, count, active = self.config.model.moe, 0, 0
-        for name, shape in self.shapes.items():
+        for name in filter(self.trainable.get, self.shapes):
+            shape = self.shapes[name]
             size = math.prod(shape)
             count += size
             active += size * moe.active // moe.experts if "expert" in axes.names(self.axes[name]) else size
