@@ -153,7 +153,8 @@ def complete(kept: Iterable[Array], kinds: Sequence[Any], w: Any) -> list[Array]
 def differentiate(parts: Parts, w: Any, x: Array, m: Array, c: Array) -> tuple[Any, Any, list[Array], Any]:
     """(y, cost), figures, and the function that takes gradients back as its leaves and its tree."""
     out, pull, figures = jax.vjp(lambda w, x: parts.middle(w, x, m, c), w, x, has_aux=True)
-    return out, figures, *jax.tree.flatten(pull)
+    leaves, tree = jax.tree.flatten(pull)
+    return out, figures, [jnp.asarray(leaf) for leaf in leaves], tree  # numbers known while tracing are leaves too
 
 
 def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save: bool) -> tuple[Any, Any, Array, Any]:
