@@ -83,20 +83,24 @@ def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     if not path.is_file():
         raise configs.ConfigError([f"a run folder holds a config.json; {folder} has none; train it first"])
     if is_published(path):
-        sharded, weights, _ = read_published(Path(folder), Path(folder), overrides)
+        _, sharded, weights, _ = read_published(Path(folder), Path(folder), overrides)
         return Model(sharded, weights, Path(folder))
     config, problems = configs.override(configs.from_json(path.read_text()), overrides)
     problems += configs.check(config)
     if problems:
         raise configs.ConfigError(problems)
+    sharded = unstaged(config)
+    return Model(sharded, restore_weights(Path(folder), sharded), Path(folder))
+
+
+def unstaged(config: configs.Config) -> Sharded:
+    """The model on the first devices there are, all layers on those of one stage."""
     mesh = config.mesh
     if mesh.pipeline > 1:
         mesh = dataclasses.replace(mesh, pipeline=1, chunks=1, stage_layers=())
         mesh = dataclasses.replace(mesh, fake_devices=mesh.devices() if mesh.fake_devices else 0)
-        config = dataclasses.replace(config, mesh=mesh)
     meshes.start(mesh)
-    sharded = Sharded(config, meshes.make_mesh(mesh, jax.devices()[: mesh.devices()]))
-    return Model(sharded, restore_weights(Path(folder), sharded), Path(folder))
+    return Sharded(dataclasses.replace(config, mesh=mesh), meshes.make_mesh(mesh, jax.devices()[: mesh.devices()]))
 
 
 def is_published(path: Path) -> bool:
@@ -106,7 +110,7 @@ def is_published(path: Path) -> bool:
 
 def read_published(
     folder: Path, run_dir: Path, overrides: Sequence[str]
-) -> tuple[Sharded, dict[str, Array], convert.Checkpoint]:
+) -> tuple[configs.Config, Sharded, dict[str, Array], convert.Checkpoint]:
     checkpoint = convert.Checkpoint(folder)
     own = folder / TOKENIZER_FILE
     config = convert.config_of(checkpoint, run_dir, str(own) if own.is_file() else "")
@@ -116,12 +120,11 @@ def read_published(
     problems += configs.check(config)
     if problems:
         raise configs.ConfigError(problems)
-    meshes.start(config.mesh)
-    sharded = Sharded(config, meshes.make_mesh(config.mesh, jax.devices()[: config.mesh.devices()]))
+    sharded = unstaged(config)
     weights, left = checkpoint.weights(sharded)
     if left:
         tell(f"{len(left)} tensors of {folder} are no part of the model and were left out, first {left[0]}")
-    return sharded, weights, checkpoint
+    return config, sharded, weights, checkpoint
 
 
 def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -135,8 +138,7 @@ def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[s
     must_be_empty(run_dir, IMPORT)
     if not folder.is_dir():
         raise configs.ConfigError([f"a Hugging Face checkpoint is a folder; {folder} is none"])
-    sharded, weights, checkpoint = read_published(folder, run_dir, overrides)
-    config = sharded.config
+    config, sharded, weights, checkpoint = read_published(folder, run_dir, overrides)
     if config.run_dir != str(run_dir):
         raise configs.ConfigError([f"the run folder of an import is named once; got {run_dir} and run_dir="
                                    f"{config.run_dir}; leave run_dir out"])

@@ -70,6 +70,16 @@ def test_the_same_numbers_on_a_mesh(name):
     np.testing.assert_allclose(out.logits, np.tile(expected["logits"], (2, 1, 1)), rtol=0, atol=LOGITS)
 
 
+def test_a_mesh_with_a_pipeline(tmp_path):
+    """It is for training: a load uses the devices of one stage, an import keeps the mesh in the run's config."""
+    expected = reference("mixtral_gqa")
+    model = moejax.load(FIXTURES / "mixtral_gqa", ["mesh.pipeline=2", "mesh.tensor=2"])
+    np.testing.assert_allclose(model(expected["input_ids"]).logits, expected["logits"], rtol=0, atol=LOGITS)
+    moejax.api.import_folder(FIXTURES / "mixtral_gqa", tmp_path / "run", ["mesh.pipeline=2"])
+    assert moejax.load_config(tmp_path / "run" / "config.json").mesh.pipeline == 2
+    np.testing.assert_array_equal(*(each.weights["embedding"] for each in (model, moejax.load(tmp_path / "run"))))
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "mistral"])
 def test_the_same_tokens_on_a_mesh(name):
     """With latent attention, with and without windows, of which the caches differ."""
