@@ -25,7 +25,7 @@ from moejax.parallel import mesh as meshes
 from moejax.train import checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-EXACT = 1e-6
+EXACT = 1e-5  # an import sums its experts by another dispatcher, in another order; logits reach 6
 
 
 @pytest.fixture
