@@ -2,7 +2,7 @@
 
     moejax train configs/demo.py          # or `make demo`, which also generates and reports
 
-Hardware: 8 fake devices on 2 CPU cores, 4 to 6 min with `make demo` (2026-11-21).  Result: validation loss 1.3 nats
+Hardware: 8 fake devices on 2 CPU cores, 4 min 8 s with `make demo` (2026-11-21).  Result: validation loss 1.32 nats
 per byte, where a unigram model of the same text has 3.13.
 """
 
