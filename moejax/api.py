@@ -130,7 +130,7 @@ def read_published(
 def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Make a run folder of a Hugging Face checkpoint, with its tokenizer: to generate, to go on training, to export.
 
-    Returns: {"run_dir", "family", "parameters": all of them}.
+    Returns: {"run_dir", "family", "parameters": those that are trained}.
     Raises:
         ConfigError: all that is wrong with the checkpoint, or a run folder that is not empty.
     """
