@@ -1,7 +1,7 @@
 """The file format of published weights: eight bytes of length, a JSON header, and the tensors end to end.
 
 Files are mapped, so that a tensor is transposed and widened straight from the page cache: the package safetensors
-copies every slice first, at which an import takes twice as long.
+copies every slice first.
 """
 
 import json

@@ -100,7 +100,7 @@ def share(x: Array, spec: P, mesh: Mesh) -> Array:
         split |= set(names)
     copies = tuple(name for name in mesh.axis_names if name not in split)
     counts = lax.axis_index(copies) == 0 if copies else True
-    # XLA sums all entries of an array one by one on a CPU; parts of it are added to each other as vectors, 5 x as fast.
+    # XLA sums all entries of an array one by one on a CPU; parts of it are added to each other as vectors, 4 x as fast.
     parts, dim = max((math.gcd(size, PARTS), -dim) for dim, size in enumerate(x.shape)) if x.size > LARGE else (1, 0)
     added = sum(mix(bit.astype(jnp.uint32) ^ mix(at + 1)) for bit, at in zip(
         *(jnp.split(each, parts, -dim) if x.ndim else [each] for each in (bits, place)), strict=True))
