@@ -11,12 +11,17 @@ NEWEST ?= $(shell for p in $(PYTHONS) $(PYENV); do \
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-newest lint verify bench bench-peer bench-gpu
+.PHONY: demo demo-vision test test-newest lint verify bench bench-peer bench-gpu
 
 demo: $(VENV)/ready
 	$(RUN)/moejax train configs/demo.py
 	$(RUN)/moejax generate runs/demo "def "
 	$(RUN)/moejax report runs/demo
+
+demo-vision: $(VENV)/ready
+	$(RUN)/moejax train configs/vision_demo.py
+	$(RUN)/python launch/transcribe.py runs/vision_demo runs/pictures/test.jsonl
+	$(RUN)/moejax report runs/vision_demo
 
 test: $(VENV)/ready
 	$(RUN)/python -m pytest -n 2 --dist loadfile
@@ -38,6 +43,7 @@ bench: $(VENV)/ready
 	$(RUN)/python tests/bench/pipeline.py
 	$(RUN)/python tests/bench/checkpoint.py
 	$(RUN)/python tests/bench/published.py
+	$(RUN)/python tests/bench/vision.py
 
 bench-peer: $(VENV)/ready
 	$(RUN)/python tests/bench/peers.py

@@ -13,19 +13,25 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Integer
+from jaxtyping import Integer, Num
 
 from moejax import config as configs
+from moejax.data.batch import Images
+from moejax.data.images import read_images
 from moejax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer, open_tokenizer
 from moejax.hf import convert, safetensors
 from moejax.hf.names import FAMILIES
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.model.transformer import Output
+from moejax.model.vision import Features
+from moejax.parallel import axes
 from moejax.parallel import mesh as meshes
 from moejax.serve.generate import generate_tokens
+from moejax.train.begin import adopt
 from moejax.train.checkpoint import folder_of, restore_weights, write_weights
 from moejax.train.fault import tell
 
+IMAGE = "<image>"  # in a prompt
 IMPORT, EXPORT = "a checkpoint is imported into a new run folder", "an export is a new folder"
 
 
@@ -47,17 +53,59 @@ class Model:
         return open_tokenizer(name, self.config.model.vocab)
 
     def prompt(self, text: str, chat: bool = False) -> list[int]:
-        """The ids that stand before an answer: of a text to go on with, or of a user's message in a chat."""
-        ids = self.tokenizer.chat([{"role": "user", "content": text}]) if chat else self.tokenizer.prompt(text)
-        return ids.tolist()
+        """The ids that stand before an answer: of a text to go on with, in which <image> is where a model that sees has
+        an image, or of a user's message in a chat.
+        """
+        if chat:
+            return self.tokenizer.chat([{"role": "user", "content": text}]).tolist()
+        first, *rest = text.split(IMAGE) if self.config.model.cross and self.tokenizer.image is not None else [text]
+        return [*self.tokenizer.prompt(first).tolist(),
+                *(each for piece in rest for each in (self.tokenizer.image, *self.tokenizer.encode(piece).tolist()))]
 
-    def __call__(self, tokens: Integer[np.ndarray | Array, "B T"]) -> Output:
+    def pictures(self, prompts: Sequence[list[int]], images: Sequence[Sequence[Any]]) -> Images | None:
+        """The images of prompts (files, or uint8 "S S 3" or "frames S S 3") as a batch has them; None without any.
+
+        Raises:
+            ConfigError: a prompt has not one <image> for every image; a file cannot be read; or the model sees nothing.
+        """
+        model, images = self.config.model, [*images, *[()] * (len(prompts) - len(images))]
+        if any(images) and not model.cross:
+            raise configs.ConfigError([f"images are for a model that sees; model.vision is {model.vision!r} and "
+                                       f"model.cross {model.cross!r}; leave the images out"])
+        if not model.cross:
+            return None
+        places = [[at for at, each in enumerate(ids) if each == self.tokenizer.image] for ids in prompts]
+        problems = [f"a prompt has an {IMAGE} for every image; prompt {i} has {len(at)} and {len(given)} image"
+                    f"{'s were' if len(given) != 1 else ' was'} given; write {IMAGE} where an image belongs, or give "
+                    "more" for i, (at, given) in enumerate(zip(places, images, strict=True)) if len(at) != len(given)]
+        if problems:
+            raise configs.ConfigError(problems)
+        most = max(map(len, images))
+        if not most:
+            return None
+        told, rules = model.encoder(), model.looks()
+        names = [each for given in images for each in given if not isinstance(each, np.ndarray)]
+        files = iter(read_images(names, told.size, told.fit, rules.frames, self.config.data.rate))
+        length = max(map(len, prompts))
+        pixels = np.zeros((len(prompts), most, rules.frames, told.size, told.size, 3), np.uint8)
+        frames, looks = np.zeros((len(prompts), most), np.int32), np.zeros((len(prompts), length, most), bool)
+        for row, (given, at) in enumerate(zip(images, places, strict=True)):
+            for i, each in enumerate(given):
+                shown = each.reshape(-1, *each.shape[-3:]) if isinstance(each, np.ndarray) else next(files)
+                pixels[row, i, :len(shown)], frames[row, i] = shown, len(shown)
+                end = at[i + 1] if rules.kind == "last" and i + 1 < len(at) else length
+                looks[row, at[i]:end, i] = True
+        return Images(pixels, frames, looks)
+
+    def __call__(self, tokens: Integer[np.ndarray | Array, "B T"], images: Images | None = None) -> Output:
         """Output(logits "B T V", hidden "B T D", routing "L B T A", losses) as in evaluation.
 
         Raises:
             ConfigError: B is not a multiple of the mesh's batch shards, or T none of the routing group.
         """
         shards, group, problems = self.config.mesh.batch_shards(), self.config.model.moe.group, []
+        if not self.config.model.layers:
+            raise configs.ConfigError(["tokens are for a model with layers; this is an image encoder alone; use see"])
         if len(tokens) % shards:
             problems.append(f"the number of sequences must be a multiple of the mesh's batch shards; got "
                             f"{len(tokens)} and {shards}; pad the batch, or load with mesh.data=1")
@@ -66,7 +114,39 @@ class Model:
                             f"{tokens.shape[1]} and {group}; pad the sequences")
         if problems:
             raise configs.ConfigError(problems)
-        return self.sharded.forward(self.weights, on_mesh(self.sharded.mesh, np.asarray(tokens, np.int32)))
+        return self.sharded.forward(self.weights, *on_mesh(self.sharded.mesh, (np.asarray(tokens, np.int32), images)))
+
+    def see(self, pixels: Num[np.ndarray | Array, "N S S 3"]) -> Features:
+        """Features(hidden "N P W", pooled "N W" or None) of images by themselves, as their encoder has them.
+
+        Args:
+            pixels: uint8, or floats that are normalised already, of the size that model.vision says.
+        Raises:
+            ConfigError: there is no encoder, the images have another size, or N is not a multiple of the batch shards.
+        """
+        told, shards, problems = self.config.model.encoder(), self.config.mesh.batch_shards(), []
+        if told is None:
+            raise configs.ConfigError(["images are for a model that sees; model.vision is empty"])
+        if tuple(pixels.shape[1:]) != (told.size, told.size, 3):
+            problems.append(f"images have shape {(told.size, told.size, 3)} as model.vision says; got "
+                            f"{tuple(pixels.shape[1:])}; resize them")
+        if len(pixels) % shards:
+            problems.append(f"the number of images must be a multiple of the mesh's batch shards; got {len(pixels)} "
+                            f"and {shards}; pad them, or load with mesh.data=1")
+        if problems:
+            raise configs.ConfigError(problems)
+        return self.features(self.weights, on_mesh(self.sharded.mesh, np.asarray(pixels)))
+
+    @cached_property
+    def features(self) -> Any:
+        """`see` as a program of weights and pixels on the mesh."""
+        told, rows = self.config.model.encoder(), axes.rows(self.sharded.mesh.shape)
+
+        def device(values: dict[str, Array], pixels: Array) -> Features:
+            return self.sharded.build(values).vision.encoder(pixels, self.sharded.run(sequence=False, remat="none"))
+
+        out = Features(rows, rows if told.kind == "clip" or told.pool else None)
+        return jax.jit(self.sharded.program(device, (rows,), out))
 
 
 def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
@@ -85,12 +165,20 @@ def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     if is_published(path):
         _, sharded, weights, _ = read_published(Path(folder), Path(folder), overrides)
         return Model(sharded, weights, Path(folder))
-    config, problems = configs.override(configs.from_json(path.read_text()), overrides)
+    there = configs.from_json(path.read_text())
+    there = dataclasses.replace(there, train=dataclasses.replace(there.train, freeze=()))  # nothing is trained here
+    config, problems = configs.override(there, overrides)
     problems += configs.check(config)
     if problems:
         raise configs.ConfigError(problems)
     sharded = unstaged(config)
-    return Model(sharded, restore_weights(Path(folder), sharded), Path(folder))
+    if config.model == there.model:
+        return Model(sharded, restore_weights(Path(folder), sharded), Path(folder))
+    weights = adopt(Path(folder), there, sharded)
+    if missing := [name for name in sharded.shapes if name not in weights]:
+        raise configs.ConfigError([f"a run is loaded as a model whose weights it has; {folder} lacks {len(missing)}, "
+                                   f"first {missing[0]}; undo an override, or train with train.init={folder}"])
+    return Model(sharded, weights, Path(folder))
 
 
 def unstaged(config: configs.Config) -> Sharded:
@@ -180,8 +268,8 @@ def export_run(
     if not published:
         published = convert.family_of(model.config.model, model.config.data.sequence)[1] | {"dtype": "float32"}
     if dtype is not None:
-        published, dtypes = {key: value for key, value in published.items() if key != "torch_dtype"} | {
-            "dtype": dtype}, {}
+        published = {key: value for key, value in published.items() if key != "torch_dtype"} | {"dtype": dtype}
+        dtypes = dict.fromkeys(dtypes, kinds[dtype])
     with written(folder, EXPORT):
         for name in convert.BESIDE:
             if (run_dir / name).is_file():
@@ -237,18 +325,19 @@ def must_be_empty(folder: Path, rule: str) -> None:
 
 def generate(
     model: Model, prompts: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int = 0, chat: bool = False,
+    seed: int = 0, chat: bool = False, images: Sequence[Sequence[Any]] = (),
 ) -> list[str]:
     """The continuation of every prompt, without the prompt; greedy at temperature 0.
 
     Args:
         chat: prompts are what a user says, answered in the form of the tokenizer's chat template.
+        images: of every prompt, in the order of its <image>s: files of pictures or videos, or uint8 "S S 3".
     Raises:
-        ConfigError: no tokenizer or chat template, an empty prompt, or wrong sampling values.
+        ConfigError: no tokenizer or chat template, an empty prompt, wrong sampling values, or as `Model.pictures`.
     """
     tokens = [model.prompt(prompt, chat) for prompt in prompts]
     new = generate_tokens(model.sharded, model.weights, tokens, max_new_tokens, model.tokenizer.ends, temperature,
-                          top_p, seed)
+                          top_p, seed, model.pictures(tokens, images))
     return [model.tokenizer.decode(row) for row in new]
 
 

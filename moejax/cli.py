@@ -42,9 +42,10 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     if length + new > trained:
         print(f"moejax generate: {length + new} tokens are more than the {trained} of data.sequence in training; what "
               "comes after is likely to be worse", file=sys.stderr)
-    texts = api.generate(model, [args.prompt], new, args.temperature, args.top_p, args.seed, args.chat)
+    texts = api.generate(model, [args.prompt], new, args.temperature, args.top_p, args.seed, args.chat, [args.image])
     with (Path(args.run) / "samples.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"prompt": args.prompt, "text": texts[0]}) + "\n")
+        shown = {"images": [os.path.abspath(path) for path in args.image]} if args.image else {}
+        file.write(json.dumps({"prompt": args.prompt, "text": texts[0]} | shown) + "\n")
     if not args.json:
         print(texts[0] if args.chat else args.prompt + texts[0])
     return {"prompt": args.prompt, "text": texts[0]}
@@ -149,6 +150,8 @@ def parser() -> argparse.ArgumentParser:
     command(verify, "config").add_argument("--steps", type=int, default=2, help="training steps to compare (2)")
     text = command(generate, "run", "prompt")
     text.add_argument("--chat", action="store_true", help="PROMPT is what a user says, for the chat template to put")
+    text.add_argument("--image", action="append", default=[], metavar="FILE",
+                      help="a picture or video for the next <image> of PROMPT; may be given several times")
     text.add_argument("--max-new-tokens", type=int, help="default: up to the sequence length of training")
     text.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
     text.add_argument("--top-p", type=float, default=0.95, help="draw among the likeliest up to this share (0.95)")

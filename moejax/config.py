@@ -15,6 +15,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 BIASES = ("qkv", "output", "sinks", "mlp", "experts", "router", "norm", "head")  # `sinks` are of attention's softmax
@@ -23,6 +24,25 @@ ROPES = {  # the numbers that a rotary scaling needs, and those that it may have
     "llama3": (("factor", "low", "high", "original"), ()),
     "yarn": (("factor", "original"), ("fast", "slow", "attention", "truncate"))}
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")  # made in parallel/schedules.py
+# Kinds of vision encoders and what they are where nothing else is said; None must be said.
+SIZES = {"size": None, "patch": None, "width": None, "layers": None, "heads": None, "hidden": None}
+ENCODERS = {
+    "clip": SIZES | {"eps": 1e-5, "act": "quick_gelu", "fit": "crop", "pool": 0, "grid": 0,
+                     "mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)},
+    "siglip": SIZES | {"eps": 1e-6, "act": "gelu", "fit": "squash", "pool": 0, "grid": 0,
+                       "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}}
+# Which images a token looks at, and how: `latents` of an image (0: all its patches) by a resampler of `depth` layers
+# with `heads` of size `head`; `frames` of a video; `feed` is what passes the gated MLP; `gate` is a number or a vector;
+# `norm` and `latent_norm` are of queries and keys.
+CROSS = {"latents": 0, "depth": 2, "heads": 8, "head": 64, "frames": 1, "feed": "seen", "gate": "number",
+         "norm": "none", "latent_norm": "none"}
+LOOKS = {"last": CROSS, "all": CROSS}  # images of the same document before the token
+WORDS = {"act": ("quick_gelu", "gelu", "gelu_exact", "relu"), "fit": ("crop", "squash"), "feed": ("seen", "every"),
+         "gate": ("number", "vector"), "norm": ("none", "head"), "latent_norm": ("none", "head")}
+EXAMPLES = {"vision": "clip size=224 patch=14 width=1024 layers=24 heads=16 hidden=4096",
+            "cross": "last latents=64 depth=6 heads=16 head=96"}
+FROZEN = ("text", "encoder")  # what train.freeze can name
+CROSSED = {"V": "M", "W": "D", "v": "m", "w": "d"}  # letters of layers with cross-attention -> without
 
 
 class ConfigError(ValueError):
@@ -66,6 +86,7 @@ class Model:
     """A decoder-only transformer.
 
     `pattern` is repeated over the layers: M is a MoE layer, D a dense one; in m and d attention sees only a window.
+    V, W, v and w are the same with gated cross-attention to images before them.
     """
 
     layers: int = 4
@@ -75,7 +96,7 @@ class Model:
     kv_heads: int = 1
     head_dim: int = 32
     hidden: int = 1024  # of dense layers
-    activation: Literal["gelu", "swiglu", "geglu", "clamped_swiglu"] = "swiglu"
+    activation: Literal["gelu", "gelu_exact", "quick_gelu", "relu", "swiglu", "geglu", "clamped_swiglu"] = "swiglu"
     clamp: tuple[float, ...] = (1.702, 7.0)  # of clamped_swiglu: slope of the sigmoid, largest entry
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6
@@ -90,6 +111,8 @@ class Model:
     multipliers: tuple[float, ...] = ()  # of embeddings, of what layers add, of attention scores (0: usual), of logits
     vocab: int = 264
     tied: bool = False
+    vision: str = ""  # the image encoder: "clip size=224 patch=14 width=1024 layers=24 heads=16 hidden=4096"; ENCODERS
+    cross: str = ""  # how text looks at images: "last latents=64 depth=6 heads=16 head=96"; LOOKS
     moe: MoE = field(default_factory=MoE)
 
     def layer_letters(self) -> str:
@@ -98,7 +121,15 @@ class Model:
 
     def layer_kinds(self) -> str:
         """M or D per layer."""
-        return self.layer_letters().upper()
+        return "".join(CROSSED.get(letter, letter) for letter in self.layer_letters()).upper()
+
+    def encoder(self) -> SimpleNamespace | None:
+        """What `vision` says, with `kind`; None without.  Raises ValueError on other text."""
+        return spelled(self.vision, ENCODERS) if self.vision else None
+
+    def looks(self) -> SimpleNamespace | None:
+        """What `cross` says, with `kind`; None without.  Raises ValueError on other text."""
+        return spelled(self.cross, LOOKS) if self.cross else None
 
     def rope(self) -> tuple[str, dict[str, float]]:
         """The kind of rotary scaling ("" for none) and its numbers.  Raises ValueError on other text."""
@@ -107,6 +138,38 @@ class Model:
         if len(numbers) < len(parts):
             raise ValueError("a number is given twice")
         return kind, numbers
+
+
+def spelled(text: str, kinds: dict[str, dict[str, Any]]) -> SimpleNamespace:
+    """ "kind name=value …" with the other values of its kind.  Raises ValueError that says what is wrong."""
+    kind, *parts = text.split() or [""]
+    if kind not in kinds:
+        raise ValueError(f"it begins with {' or '.join(kinds)}, not {kind!r}")
+    values, given = dict(kinds[kind]), [part.partition("=")[::2] for part in parts]
+    for name, value in given:
+        if name not in values or [key for key, _ in given].count(name) > 1:
+            raise ValueError(f"{kind} takes each of {', '.join(values)} once; got {name!r}")
+        if name in WORDS and value not in WORDS[name]:
+            raise ValueError(f"{name} is {' or '.join(WORDS[name])}, not {value!r}")
+        try:
+            if name in ("mean", "std"):
+                values[name] = tuple(map(float, value.split(",")))
+            elif name not in WORDS:
+                values[name] = float(value) if name == "eps" else int(value)
+            else:
+                values[name] = value
+        except ValueError:
+            raise ValueError(f"{name} is a number, not {value!r}") from None
+        least = 0 if name in ("latents", "pool", "grid") else 1
+        if (isinstance(values[name], int) and values[name] < least) or (name == "eps" and not values[name] > 0):
+            raise ValueError(f"{name} is {least} or more, not {value}" if name != "eps" else f"eps is above 0: {value}")
+        if name in ("mean", "std") and (len(values[name]) != 3 or not all(map(math.isfinite, values[name]))
+                                        or (name == "std" and min(values[name]) <= 0)):
+            raise ValueError(f"{name} has three numbers, of red, green and blue; got {value}")
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        raise ValueError(f"{kind} needs {', '.join(f'{name}=' for name in missing)}")
+    return SimpleNamespace(kind=kind, **values)
 
 
 @dataclass(frozen=True)
@@ -140,10 +203,12 @@ class Mesh:
 class Data:
     """Text in, batches out.  A batch is a function of (seed, step) alone."""
 
-    sources: tuple[str, ...] = ("stdlib",)  # files, folders, globs, .jsonl[.gz|.zst], or "stdlib"
+    sources: tuple[str, ...] = ("stdlib",)  # files, folders, globs, .jsonl[.gz|.zst], .tar, or "stdlib"
     tokenizer: str = "bytes"  # or the path of a tokenizer.json or of its folder; "" is none, for use without text
     sequence: int = 256  # tokens
     batch: int = 16  # sequences in a step, over all devices and microbatches
+    images: int = 0  # of a sequence at most; 0 is text alone
+    rate: float = 1.0  # frames taken of a second of video
     validation: float = 0.02  # share of the documents
     seed: int = 0
     cache: str = "runs/cache"
@@ -186,7 +251,8 @@ class Fault:
 @dataclass(frozen=True)
 class Train:
     steps: int = 400
-    init: str = ""  # run folder whose weights this run begins with; fresh ones when empty
+    init: str = ""  # run folders whose weights this run begins with, separated by commas; fresh ones when empty
+    freeze: tuple[str, ...] = ()  # what is not trained: text, encoder
     microbatches: int = 1
     seed: int = 0
     compute: Literal["bfloat16", "float32"] = "float32"
@@ -354,11 +420,11 @@ def check(config: Config) -> list[str]:
 
 
 def check_ranges(config: Config) -> list[str]:
-    positive = ("model.layers model.d_model model.heads model.kv_heads model.head_dim model.hidden model.norm_eps "
+    positive = ("model.d_model model.heads model.kv_heads model.head_dim model.hidden model.norm_eps "
                 "model.rope_theta model.window model.qkv_limit model.vocab model.moe.experts model.moe.active "
                 "model.moe.hidden model.moe.group model.moe.capacity_factor model.moe.eval_capacity_factor "
                 "mesh.data mesh.fsdp mesh.pipeline mesh.expert mesh.tensor mesh.chunks "
-                "data.sequence data.batch optimizer.lr optimizer.eps train.steps train.microbatches "
+                "data.sequence data.batch data.rate optimizer.lr optimizer.eps train.steps train.microbatches "
                 "train.eval_every train.eval_batches train.log_every checkpoint.every "
                 "checkpoint.keep train.fault.loss_spike train.fault.norm_spike train.fault.limit train.fault.stall "
                 "train.fault.heartbeat").split()
@@ -393,11 +459,13 @@ def check_model(config: Config) -> list[str]:
     def divides(small: int, large: int) -> bool:
         return small > 0 and large % small == 0
 
-    rule(bool(model.pattern) and set(model.pattern.upper()) <= set("MD"),
-         f"model.pattern is made of M (MoE layer) and D (dense layer), small where attention has a window; "
-         f"got {model.pattern!r}")
-    rule(model.window is not None or not set(model.layer_letters()) & set("md"),
-         f"layers m and d need model.window; got pattern {model.pattern!r} and no window; set it, or use capitals")
+    rule(bool(model.pattern) and set(model.pattern.upper()) <= set("MDVW"),
+         f"model.pattern is made of M (MoE layer) and D (dense layer), or V and W where they look at images, small "
+         f"where attention has a window; got {model.pattern!r}")
+    rule(model.window is not None or not set(model.layer_letters()) & set("mdvw"),
+         f"small letters need model.window; got pattern {model.pattern!r} and no window; set it, or use capitals")
+    rule(model.layers > 0 or bool(model.vision),
+         f"model.layers must be above 0, but for an image encoder alone; got {model.layers} and no model.vision")
     rule(divides(model.kv_heads, model.heads),
          f"model.kv_heads must divide model.heads; got {model.kv_heads} and {model.heads}; "
          f"set model.kv_heads to one of {divisors(model.heads)}")
@@ -405,7 +473,7 @@ def check_model(config: Config) -> list[str]:
          f"model.head_dim must be even for the rotary embedding; got {model.head_dim}")
     rule(config.data.tokenizer != "bytes" or model.vocab >= 257,
          f"model.vocab must hold the byte tokenizer's 257 tokens; got {model.vocab}; set model.vocab=264")
-    problems += check_variants(model)
+    problems += check_variants(model) + check_vision(config)
     if "M" not in model.layer_kinds():
         return problems
     rule(not moe.shared_gate or moe.shared > 0,
@@ -482,6 +550,37 @@ def check_variants(model: Model) -> list[str]:
     return problems
 
 
+def check_vision(config: Config) -> list[str]:
+    """The encoder, how text looks at images, and what is trained of it."""
+    model, problems = config.model, []
+    for name, read in (("vision", model.encoder), ("cross", model.looks)):
+        try:
+            read()
+        except ValueError as error:
+            problems.append(f'model.{name} is text such as {EXAMPLES[name]!r}; in {getattr(model, name)!r} {error}')
+    problems += [f"train.freeze names some of {', '.join(FROZEN)}; got {name!r}" for name in config.train.freeze
+                 if name not in FROZEN]
+    if problems:
+        return problems
+    told, rules, looking = model.encoder(), model.looks(), set(model.layer_letters()) & set(CROSSED)
+    if told and told.width % told.heads:
+        problems.append(f"model.vision has heads that divide its width; got heads={told.heads} and width={told.width}")
+    if told and told.patch > told.size:
+        problems.append(f"model.vision has patches within its size; got patch={told.patch} and size={told.size}")
+    if looking and not (told and rules):
+        problems.append(f"layers {', '.join(sorted(looking))} look at images; set model.vision and model.cross, as in "
+                        f"{EXAMPLES['vision']!r} and {EXAMPLES['cross']!r}")
+    if rules and not looking:
+        problems.append(f"model.cross is of layers V or W; model.pattern {model.pattern!r} has none; set it to "
+                        f"{next(letter for letter, other in CROSSED.items() if other in 'MD')}MM, say")
+    if config.data.images and not (told and rules and looking):
+        problems.append(f"data.images={config.data.images} needs a model that sees; set model.vision, model.cross and "
+                        "V or W in model.pattern, or data.images=0")
+    if "text" in config.train.freeze and not config.data.images:
+        problems.append("train.freeze=text leaves nothing to train without images; set data.images, or take it out")
+    return problems
+
+
 def check_mesh(config: Config) -> list[str]:
     model, moe, mesh, data = config.model, config.model.moe, config.mesh, config.data
     kinds = model.layer_kinds()
@@ -492,6 +591,17 @@ def check_mesh(config: Config) -> list[str]:
     if "M" in kinds:
         divided += [("model.moe.hidden", moe.hidden, "tensor"), ("model.moe.shared", moe.shared, "tensor"),
                     ("model.moe.experts", moe.experts, "expert")]
+    try:
+        told, rules = model.encoder(), model.looks()
+    except ValueError:  # told elsewhere
+        told = rules = None
+    if told:
+        divided += [("heads= of model.vision", told.heads, "tensor"), ("width= of model.vision", told.width, "fsdp"),
+                    ("hidden= of model.vision", told.hidden, "tensor")]
+    if told and rules:
+        divided += [("model.hidden", model.hidden, "tensor")] * ("D" not in kinds)
+        divided += [("heads= of model.cross", rules.heads, "tensor"),
+                    ("4 × width= of model.vision", 4 * told.width, "tensor")] * bool(rules.latents)
     if mesh.sequence:
         divided.append(("data.sequence", data.sequence, "tensor"))
     problems = []
@@ -527,7 +637,7 @@ def check_pipeline(config: Config) -> list[str]:
                         f"got {mesh.schedule!r}{hint}")
     if min(mesh.pipeline, mesh.chunks) < 1:
         return problems
-    if mesh.parts() > layers:
+    if mesh.parts() > max(layers, 1):
         problems.append(f"every part of a pipeline needs a layer; got mesh.pipeline {mesh.pipeline} × mesh.chunks "
                         f"{mesh.chunks} = {mesh.parts()} and model.layers {layers}; "
                         f"set mesh.pipeline={max(layers // mesh.chunks, 1)} or lower")

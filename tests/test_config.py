@@ -87,7 +87,7 @@ def test_a_value_is_read_by_its_annotation(text, expected):
     ("model.latent=0,8,four,6", "values separated by commas"), ("model.latent=0,8.5,4,6", "values separated by commas"),
     ("model.caps=high,30", "values separated by commas"), ("model.window=wide", "a whole number or none"),
     ("model.qk_norm=each", "one of none, head, all"), ("model.qkv_limit=", "a number or none"),
-    ("model.activation=relu", "one of gelu, swiglu, geglu, clamped_swiglu"),
+    ("model.activation=tanh", "one of gelu, gelu_exact, quick_gelu, relu, swiglu, geglu, clamped_swiglu"),
     ("model.moe.router=hash", "one of topk, sigmoid, sparsemixer, expert_choice"),
     ("optimizer.name=adam", "one of adamw, adafactor, muon"), ("optimizer.name=", "one of adamw, adafactor, muon"),
     ("train.remat=None", "one of none, full, dots")])
@@ -182,9 +182,9 @@ def test_the_largest_allowed_are_allowed_at_once():
 
 
 @pytest.mark.parametrize("overrides, message", [
-    *((f"model.pattern={text}", "model.pattern is made of M (MoE layer) and D (dense layer), small where attention has "
-       f"a window; got {text!r}") for text in ("MX", "", "x", "DM-")),
-    ("model.pattern=Md", "layers m and d need model.window; got pattern 'Md' and no window; set it, or use capitals"),
+    *((f"model.pattern={text}", "model.pattern is made of M (MoE layer) and D (dense layer), or V and W where they "
+       f"look at images, small where attention has a window; got {text!r}") for text in ("MX", "", "x", "DM-")),
+    ("model.pattern=Md", "small letters need model.window; got pattern 'Md' and no window; set it, or use capitals"),
     ("model.moe.shared_gate=true",
      "model.moe.shared_gate needs a shared expert; got model.moe.shared 0; set its width"),
     ("model.moe.router=sparsemixer model.moe.active=3",
@@ -312,7 +312,7 @@ def test_everything_wrong_with_a_models_values_comes_at_once():
                     "model.rope_scaling=cubic", "model.moe.shared_gate=true", "model.moe.router=sparsemixer",
                     "model.moe.active=3", "model.qkv_limit=0") == [
         "model.qkv_limit must be above 0; got 0.0",
-        "layers m and d need model.window; got pattern 'Md' and no window; set it, or use capitals",
+        "small letters need model.window; got pattern 'Md' and no window; set it, or use capitals",
         "model.clamp has 2 numbers; got (1.0, 2.0, 3.0)",
         "model.caps holds no negative number and none that is not finite; got (1.0, -2.0)",
         "model.biases names some of qkv, output, sinks, mlp, experts, router, norm, head; got 'keys'",

@@ -18,7 +18,10 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / "configs", folder / "configs")
+    for part in ("configs", "launch"):
+        shutil.copytree(ROOT / part, folder / part)
+    for name, fixture in (("clip-vit-large-patch14", "clip"), ("idefics-9b", "idefics")):
+        shutil.copytree(ROOT / "tests" / "fixtures" / fixture, folder / name)
     # As published, but small: 8 experts, and a tokenizer of letters.
     mixtral = folder / "Mixtral-8x7B-v0.1"
     shutil.copytree(ROOT / "tests" / "fixtures" / "mixtral_gqa", mixtral)

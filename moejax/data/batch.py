@@ -1,12 +1,20 @@
-"""What the data package hands to training: a `Batch` of windows of the token stream.
+"""What the data package hands to training: a `Batch` of windows of the token stream, and their images.
 
-Letters as in the model's legend: B sequences, T tokens.
+Letters as in the model's legend: B sequences, T tokens, I images of a sequence, S rows and columns of an image.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32, UInt8
+
+
+class Images(NamedTuple):
+    """Of the sequences of a batch; what is not there is black."""
+
+    pixels: UInt8[np.ndarray, "B I frames S S 3"]
+    frames: Int32[np.ndarray, "B I"]  # that are there: 0 of no image, 1 of a picture
+    looks: Bool[np.ndarray, "B T I"]  # which images a token attends to
 
 
 class Batch(NamedTuple):
@@ -16,3 +24,4 @@ class Batch(NamedTuple):
     targets: Int32[np.ndarray, "B T"]  # the token after each token
     weights: Float32[np.ndarray, "B T"]  # 1 where the target counts, else 0
     rows: Int32[np.ndarray, " B"]  # sample index modulo 2**31: names the sample for per-sample randomness
+    images: Images | None = None

@@ -16,13 +16,10 @@ FILE = "chat_template.jinja"
 
 
 def find_template(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
-    """(where it stands, text) of the chat template of a tokenizer's folder.
+    """(where it stands, text) of the chat template of a tokenizer's folder.  Raises ConfigError without one.
 
-    Args:
-        settings: the tokenizer_config.json of that folder; it may hold one template, or several with names, of which
-            the one named default counts.  A chat_template.jinja goes before them.
-    Raises:
-        ConfigError: there is none, or it is no text.
+    `settings`, the tokenizer_config.json, may hold one template, or several with names, of which the one named default
+    counts.  A chat_template.jinja goes before them.
     """
     path, inside = folder / FILE, folder / "tokenizer_config.json"
     if path.is_file():
@@ -51,12 +48,8 @@ def render(where: str, template: str, messages: Sequence[dict[str, Any]], add_ge
            special: dict[str, str]) -> str:
     """The messages as text, ending where the model is to answer if `add_generation_prompt`.
 
-    Args:
-        where: the template stands, for messages of errors.
-        messages: `{"role": "user", "content": "…"}` and the like.
-        special: the special tokens by name, "bos_token" and so on.
-    Raises:
-        ConfigError: jinja2 is not installed, or the template is wrong, refuses the messages or leaves the sandbox.
+    `where` the template stands is for messages of errors; `special` are the special tokens by name.
+    Raises ConfigError: no jinja2, or the template is wrong, refuses the messages or leaves the sandbox.
     """
     try:
         import jinja2  # an optional extra

@@ -1,8 +1,6 @@
-"""From the config to batches: tokenize once into memory-mapped shards, then read windows of them in seeded order.
+"""From the config to tokens: tokenize once into memory-mapped shards, the documents one after another.
 
-Top of the data package.  `open_corpus` gives the tokens (documents one after another, each followed by the
-tokenizer's end of text), `Samples` the windows of them, `train_batch` and `validation_batches` the batches.
-A batch is a function of (seed, step) alone; nothing is shuffled in memory and nothing is kept between calls.
+Sits between the sources and `samples.py`.  Each document is followed by the tokenizer's end of text.
 """
 
 import contextlib
@@ -17,19 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64, Integer, UInt64
+from jaxtyping import Int64, Integer
 
 from moejax.config import ConfigError, Data
-from moejax.data.batch import Batch
-from moejax.data.sources import File, documents, find_files
-from moejax.data.tokenizer import ByteTokenizer, FileTokenizer, open_tokenizer
+from moejax.data.images import Ref
+from moejax.data.sources import Document, File, documents, find_files
+from moejax.data.tokenizer import IMAGE, ByteTokenizer, FileTokenizer, open_tokenizer
 
-FORMAT = 1  # of the cache; raise it when what is written for the same config changes
+FORMAT = 2  # of the cache; raise it when what is written for the same config changes
 SHARD = 2**27  # tokens in one file
 CHUNK = 2**20  # tokens counted at a time
 LETTERS = 2**20  # of documents that are tokenized together
 PARTS = ("train", "validation")
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio, the step of splitmix64
 
 
 class Stream:
@@ -43,16 +40,9 @@ class Stream:
         return int(self.starts[-1])
 
     def __getitem__(self, key: slice | Integer[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
-        """The tokens at an array of positions, in its shape, or those of a slice without a step.
-
-        Raises IndexError at a position that is negative or past the end.
-        """
+        """The tokens at an array of positions, in its shape; IndexError where one is negative or past the end."""
         if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            assert step == 1, "a stream is sliced without a step"
-            pieces = [shard[max(start - first, 0) : max(stop - first, 0)]
-                      for first, shard in zip(self.starts, self.shards, strict=False)]
-            return np.concatenate([np.empty(0, self.dtype), *pieces])
+            key = np.arange(*key.indices(len(self)))
         if key.size and not 0 <= key.min() <= key.max() < len(self):
             raise IndexError(f"positions lie in 0..{len(self) - 1}; got {key.min()}..{key.max()}")
         out, home = np.empty(key.shape, self.dtype), np.searchsorted(self.starts, key, "right") - 1
@@ -62,10 +52,33 @@ class Stream:
         return out
 
 
+class References:
+    """The images of a part, in the order of their ids in its stream: what a `ShardWriter` left, if there are any.
+
+    Each has a row of `table`: where the id stands, and the start and the end of its line of JSON in `lines`.
+    """
+
+    def __init__(self, path: Path, size: int):
+        self.table: Int64[np.ndarray, "images 3"] = np.empty((0, 3), np.int64)
+        if size:
+            self.table = np.load(f"{path}.npy", mmap_mode="r")
+            self.lines = np.memmap(f"{path}.jsonl", np.uint8, "r", shape=(size,))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> Ref:
+        _, start, end = self.table[number]
+        return Ref(*json.loads(self.lines[start:end].tobytes()))
+
+
 class Corpus(NamedTuple):
     train: Stream
     validation: Stream
     lengths: Int64[np.ndarray, " documents"]  # tokens of every document, its end of text included
+    held_out: Int64[np.ndarray, " documents"]  # 1 where it is in validation
+    images: dict[str, References]  # of every part
+    image: int | None  # the id that stands where an image is
     cached: bool  # the tokens were there from an earlier run
 
 
@@ -73,14 +86,12 @@ def open_corpus(config: Data, vocab: int | None = None, shard: int = SHARD) -> C
     """The tokens that `config` names, from its cache if it holds them, else tokenized into it.
 
     A document is in validation if a hash of the seed, its name and its text says so, whatever the other
-    documents are.  Where that leaves validation empty, the document with the smallest hash goes there.
+    documents are.  Where that leaves validation empty, the document with the smallest hash goes there.  `vocab` is
+    model.vocab, which must hold the tokenizer's ids; a file of the cache holds `shard` tokens.
 
-    Args:
-        vocab: model.vocab, which must hold the tokenizer's ids.
-        shard: tokens in a file of the cache.
     Raises:
         ConfigError: all that is wrong with the tokenizer, the sources or the cache folder, or train or validation empty
-            or not longer than `config.sequence`.
+            or (of text alone) not longer than `config.sequence`, or images and no id for them below `vocab`.
     """
     files, problems = find_files(config.sources)
     tokenizer = training_tokenizer(config, vocab, problems)
@@ -89,8 +100,11 @@ def open_corpus(config: Data, vocab: int | None = None, shard: int = SHARD) -> C
     if corpus is None:
         build_cache(config, tokenizer, files, problems, home, shard)
         corpus = read_cache(home)._replace(cached=False)
-    problems = [problem for part in PARTS if part == "train" or config.validation
+    problems = [problem for part in PARTS if not config.images and (part == "train" or config.validation)
                 for problem in too_short(part, getattr(corpus, part), config.sequence)]
+    if vocab is not None and any(map(len, corpus.images.values())) and corpus.image >= vocab:
+        problems.append(f"model.vocab must hold the id of images, which the text has; got {vocab} and {corpus.image} "
+                        f"(data.tokenizer={config.tokenizer}); set model.vocab={corpus.image + 1} or above")
     if problems:
         raise ConfigError(problems)
     return corpus
@@ -109,13 +123,9 @@ def training_tokenizer(config: Data, vocab: int | None, problems: Sequence[str])
 
 
 def cache_key(config: Data, tokenizer: str, files: Sequence[File]) -> str:
-    """20 hexadecimal digits for all that decides the tokens; a file counts by its path, size and time of change.
-
-    Args:
-        tokenizer: its identity.
-    """
-    listed = [(f.name, os.path.abspath(f.path), f.size, f.mtime_ns, f.lenient) for f in files]
-    facts = [FORMAT, tokenizer, config.validation, config.seed, listed]
+    """20 hexadecimal digits for all that decides the tokens; a file counts by its path, size and time of change."""
+    facts = [FORMAT, tokenizer, config.validation, config.seed,
+             [(f.name, os.path.abspath(f.path), f.size, f.mtime_ns, f.lenient) for f in files]]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
 
 
@@ -123,12 +133,13 @@ def read_cache(home: Path) -> Corpus | None:
     """What `build_cache` left in `home`, memory-mapped; None if nothing is there or a file is damaged or cut short."""
     try:
         meta = json.loads((home / "meta.json").read_text())
-        dtype, streams = np.dtype(meta["dtype"]), []
-        for part in PARTS:
-            maps = [np.memmap(shard_path(home, part, number), dtype, "r", shape=(tokens,))
-                    for number, tokens in enumerate(meta[part])]
-            streams.append(Stream([np.asarray(m) for m in maps], dtype))  # plain arrays are quicker to index
-        return Corpus(*streams, np.load(home / "documents.npy", mmap_mode="r"), cached=True)
+        dtype = np.dtype(meta["dtype"])
+        # plain arrays are quicker to index than memory maps
+        streams = [Stream([np.asarray(np.memmap(shard_path(home, part, number), dtype, "r", shape=(tokens,)))
+                           for number, tokens in enumerate(meta[part])], dtype) for part in PARTS]
+        images = {part: References(home / f"{part}-images", size) for part, size in meta["images"].items()}
+        lengths, held_out = np.load(home / "documents.npy", mmap_mode="r").T
+        return Corpus(*streams, lengths, held_out, images, meta["image"], cached=True)
     except (OSError, EOFError, ValueError, KeyError):
         return None
 
@@ -147,9 +158,8 @@ def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: S
         home.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=".building-", dir=home.parent)
     except OSError as error:
-        problem = (f"data.cache must name a folder that can be written; {config.cache} is not ({error}); "
-                   "set data.cache to another")
-        raise ConfigError([*problems, problem]) from None
+        raise ConfigError([*problems, f"data.cache must name a folder that can be written; {config.cache} is not "
+                           f"({error}); set data.cache to another"]) from None
     with scratch as name:
         fresh = Path(name, "first")
         share = math.ceil(config.validation * 2**64)
@@ -161,40 +171,55 @@ def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: S
         publish(fresh, home)
 
 
-def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: Iterator[tuple[str, str]], folder: Path,
+def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: Iterator[Document], folder: Path,
                  threshold: int, shard: int) -> tuple[dict[str, Any], int, int]:
     """Fills `folder` and returns its meta.json and the smallest and the largest hash of a document.
 
-    Args:
-        texts: (name, text) of every document.
-        threshold: a document is in validation if its hash, of 0..2**64-1, is below.
+    A document is in validation if its hash, of 0..2**64-1, is below `threshold`.  Raises ConfigError where there are
+    images and the tokenizer has no id for them.
     """
     dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
     folder.mkdir()
-    train, validation = writers = [ShardWriter(folder, part, dtype, shard) for part in PARTS]
+    writers = [ShardWriter(folder, part, dtype, shard) for part in PARTS]
     lowest, highest, lengths = 2**64, -1, array("q")
     for group in together(texts):
-        for (name, text), ids in zip(group, tokenizer.encode_batch([text for _, text in group]), strict=True):
-            place = split_hash(config.seed, name, text)
-            lowest, highest = min(lowest, place), max(highest, place)
-            tokens = np.append(ids, dtype.type(tokenizer.eot))
-            (validation if place < threshold else train).write(tokens)
-            lengths.append(len(tokens))
+        encoded = iter(tokenizer.encode_batch([part for one in group for part in one.parts if isinstance(part, str)]))
+        for document in group:
+            place = split_hash(config.seed, document.name, document.text)
+            lowest, highest, held_out = min(lowest, place), max(highest, place), place < threshold
+            writer, pieces, length = writers[held_out], [], 0
+            for part in document.parts:
+                if isinstance(part, Ref):
+                    check_image(config, tokenizer, document, part)
+                    writer.refer(length, part)
+                pieces.append(np.full(1, tokenizer.image, dtype) if isinstance(part, Ref) else next(encoded))
+                length += len(pieces[-1])
+            writer.write(np.concatenate([*pieces, np.full(1, tokenizer.eot, dtype)]))
+            lengths.extend((length + 1, held_out))
     for writer in writers:
         writer.flush()
-    np.save(folder / "documents.npy", np.array(lengths, np.int64))
-    meta = {"format": FORMAT, "tokenizer": config.tokenizer, "dtype": dtype.str, "documents": len(lengths)}
+        if writer.table:
+            np.save(folder / f"{writer.part}-images.npy", np.array(writer.table, np.int64).reshape(-1, 3))
+    np.save(folder / "documents.npy", np.array(lengths, np.int64).reshape(-1, 2))
+    meta = {"format": FORMAT, "tokenizer": config.tokenizer, "dtype": dtype.str, "documents": len(lengths) // 2,
+            "image": tokenizer.image, "images": {writer.part: writer.bytes for writer in writers}}
     meta |= {writer.part: writer.lengths for writer in writers}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta, lowest, highest
 
 
-def together(texts: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """(name, text) in groups of at least LETTERS letters, and the rest."""
+def check_image(config: Data, tokenizer: ByteTokenizer | FileTokenizer, document: Document, ref: Ref) -> None:
+    if tokenizer.image is None:
+        raise ConfigError([f"images need a token that stands where they are; data.tokenizer={config.tokenizer} has no "
+                           f"{IMAGE}, and {document.name} has the image {ref.name}; add that token to the tokenizer"])
+
+
+def together(texts: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of at least LETTERS letters, and the rest."""
     group, letters = [], 0
-    for name, text in texts:
-        group.append((name, text))
-        letters += len(text)
+    for document in texts:
+        group.append(document)
+        letters += sum(map(len, document.parts))
         if letters >= LETTERS:
             yield group
             group, letters = [], 0
@@ -202,24 +227,38 @@ def together(texts: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 
 
 class ShardWriter:
-    """Appends tokens to `<part>-NNNNN.bin` in a folder; every file but the last holds `shard` tokens."""
+    """Appends tokens to `<part>-NNNNN.bin` in a folder; every file but the last holds `shard` tokens.
+
+    Where images are, `<part>-images.jsonl` has a line for each and `table` the rows of `References.table`.
+    """
 
     def __init__(self, folder: Path, part: str, dtype: np.dtype, shard: int):
         self.folder, self.part, self.dtype, self.shard = folder, part, dtype, shard
         self.lengths: list[int] = []  # tokens in every file
-        self.waiting: list[np.ndarray] = []
-        self.waiting_tokens = 0
+        self.tokens = self.bytes = 0  # of all, and of the lines of images
+        self.table = array("q")
+        self.waiting, self.lines = bytearray(), bytearray()  # not in the files yet
+
+    def refer(self, ahead: int, ref: Ref) -> None:
+        """An image whose id comes after so many more tokens."""
+        line = json.dumps(ref).encode() + b"\n"
+        self.lines += line
+        self.table.extend((self.tokens + ahead, self.bytes, self.bytes + len(line)))
+        self.bytes += len(line)
 
     def write(self, tokens: Integer[np.ndarray, " T"]) -> None:
-        self.waiting.append(tokens.astype(self.dtype, copy=False))
-        self.waiting_tokens += len(tokens)
-        if self.waiting_tokens >= CHUNK:
+        self.waiting += tokens.astype(self.dtype, copy=False).tobytes()
+        self.tokens += len(tokens)
+        if len(self.waiting) >= CHUNK * self.dtype.itemsize:
             self.flush()
 
     def flush(self) -> None:
         """Puts what waits into the files; to be called after the last `write`."""
-        tokens = np.concatenate([np.empty(0, self.dtype), *self.waiting])
-        self.waiting, self.waiting_tokens = [], 0
+        if self.lines:
+            with open(self.folder / f"{self.part}-images.jsonl", "ab") as file:
+                file.write(self.lines)
+        tokens = np.frombuffer(self.waiting, self.dtype)
+        self.waiting, self.lines = bytearray(), bytearray()
         while len(tokens):
             if not self.lengths or self.lengths[-1] == self.shard:
                 self.lengths.append(0)
@@ -241,13 +280,13 @@ def check_split(config: Data, meta: dict[str, Any], alike: bool) -> None:
     """Raises ConfigError if no document is left to train on, or all are `alike` in name and text and so in one part."""
     count = meta["documents"]
     if not count:
-        raise ConfigError([(f"data.sources must hold text; every document of {', '.join(config.sources)} is empty; "
-                            "write text there or name other sources")])
+        raise ConfigError([f"data.sources must hold text; every document of {', '.join(config.sources)} is empty; "
+                           "write text there or name other sources"])
     if config.validation and alike:
-        raise ConfigError([(
-            "validation needs two different documents, as one is never split between train and validation; "
-            f"got data.validation={config.validation} and {count} document{'s, all alike' if count > 1 else ''}; "
-            "split the text into several files or .jsonl lines, or set data.validation=0")])
+        raise ConfigError([
+            "validation needs two different documents, as one is never split between train and validation; got "
+            f"data.validation={config.validation} and {count} document{'s, all alike' if count > 1 else ''}; split "
+            "the text into several files or .jsonl lines, or set data.validation=0"])
     if not meta["train"]:
         raise ConfigError([(f"data.validation must leave a document to train on; got {config.validation}, which "
                             f"takes all {count}; set data.validation={config.validation / 2:g} or lower")])
@@ -275,106 +314,21 @@ def too_short(part: str, tokens: Stream | np.ndarray, sequence: int) -> list[str
              f"{shorter}add text to data.sources{share}")]
 
 
-class Samples:
-    """Windows of `sequence` tokens at stride `sequence`, in a new seeded order every epoch.
-
-    Sample i is window number `order[i % n]` of epoch i // n, of n windows.  Tokens past the last whole
-    window are not used.  `tokens` is a Stream or a 1-D array.
-
-    Raises:
-        ConfigError: the text is not longer than `sequence`.
-    """
-
-    def __init__(self, tokens: Stream | Integer[np.ndarray, " N"], sequence: int, seed: int):
-        if problems := too_short("the whole text", tokens, sequence):
-            raise ConfigError(problems)
-        self.tokens, self.sequence, self.seed = tokens, sequence, seed
-
-    def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.sequence
-
-    def rows(self, indices: Integer[np.ndarray, " B"]) -> Batch:
-        """The samples of any global indices; each depends on its own index alone."""
-        indices = indices.astype(np.int64)
-        epoch, index = np.divmod(indices, len(self))
-        window = permute(index, len(self), self.seed, epoch)
-        return self.windows(window, np.ones(len(window), np.float32), indices)
-
-    def windows(self, window: Int64[np.ndarray, " B"], weights: Float32[np.ndarray, " B"],
-                indices: Int64[np.ndarray, " B"]) -> Batch:
-        """The windows of these numbers, in the order of the text, with a weight for each."""
-        tokens = self.tokens[window[:, None] * self.sequence + np.arange(self.sequence + 1)]
-        return Batch(tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32),
-                     np.repeat(weights[:, None], self.sequence, axis=1), (indices % 2**31).astype(np.int32))
-
-
-def permute(index: Int64[np.ndarray, " B"], size: int, seed: int,
-            epoch: Int64[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
-    """Where each index of 0..size-1 goes in the order of its epoch: a bijection for every (seed, epoch).
-
-    An alternating Feistel cipher on the smallest near-square grid that holds `size` cells; what lands outside
-    is enciphered again until it lands inside, which keeps it a bijection (Black and Rogaway 2002, FE1 and the
-    cycle-walking cipher).  The grid has fewer than sqrt(size) cells to spare, so that is rare.
-    """
-    height = math.isqrt(size - 1) + 1
-    height, width = np.uint64(height), np.uint64(-(-size // height))
-    key = mix(mix(np.full(1, seed % 2**64, np.uint64) + GOLDEN) + epoch.astype(np.uint64))
-
-    def encipher(cell: np.ndarray, key: np.ndarray) -> np.ndarray:
-        row, column = np.divmod(cell, width)
-        for _ in range(6):  # with 3 or 4, orders of a handful of windows are visibly not equally likely
-            # the upper 32 bits alone are added: a sum that wrapped at 2**64 could send two cells to one
-            row = (row + (mix(column + (key := key + GOLDEN)) >> np.uint64(32))) % height
-            column = (column + (mix(row + (key := key + GOLDEN)) >> np.uint64(32))) % width
-        return row * width + column
-
-    cell = encipher(index.astype(np.uint64), key)
-    while (outside := cell >= size).any():
-        cell[outside] = encipher(cell[outside], key[outside])
-    return cell.astype(np.int64)
-
-
-def mix(x: UInt64[np.ndarray, " B"]) -> UInt64[np.ndarray, " B"]:
-    """A hash of x: the finaliser of splitmix64 (Steele, Lea and Flood 2014); arrays wrap modulo 2**64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def train_batch(samples: Samples, batch_size: int, step: int) -> Batch:
-    """The batch of a step, whatever was read before.  A host that needs part of it asks `samples.rows` for that."""
-    return samples.rows(step * batch_size + np.arange(batch_size))
-
-
-def validation_batches(samples: Samples, batch_size: int, count: int) -> Iterator[Batch]:
-    """At most `count` batches of the first windows in the order of the text, each window once.
-
-    The last batch is filled up to `batch_size` with rows of weight 0.
-    """
-    for first in range(0, min(count * batch_size, len(samples)), batch_size):
-        index = first + np.arange(batch_size)
-        real = index < len(samples)
-        yield samples.windows(np.minimum(index, len(samples) - 1), real.astype(np.float32), index)
-
-
 def document_note(corpus: Corpus, sequence: int) -> str | None:
     """One line that says so if most documents are shorter than a window, else None."""
-    share = float(np.mean(corpus.lengths < sequence))
-    if share <= 0.5:
+    if (share := np.mean(corpus.lengths < sequence)) <= 0.5:
         return None
     return (f"{share:.0%} of the {len(corpus.lengths)} documents are shorter than data.sequence={sequence} "
             f"(median {int(np.median(corpus.lengths))} tokens); a window holds several, one after another")
 
 
-def unigram_loss(train: Stream | Integer[np.ndarray, " N"], validation: Stream | Integer[np.ndarray, " M"],
-                 vocab: int) -> float:
+def unigram_loss(train: Stream | np.ndarray, validation: Stream | np.ndarray, vocab: int) -> float:
     """Nats per validation token of the token frequencies of train (plus one each): what knowing no context costs."""
     seen, met = token_counts(train, vocab), token_counts(validation, vocab)
     return float(-(met @ np.log((seen + 1) / (seen.sum() + vocab))) / met.sum())
 
 
 def token_counts(tokens: Stream | Integer[np.ndarray, " N"], vocab: int) -> Int64[np.ndarray, " vocab"]:
-    counts = np.zeros(vocab, np.int64)
-    for first in range(0, len(tokens), CHUNK):
-        counts += np.bincount(tokens[first : first + CHUNK], minlength=vocab)
-    return counts
+    shards = tokens.shards if isinstance(tokens, Stream) else [tokens]
+    chunks = (shard[first : first + CHUNK] for shard in shards for first in range(0, len(shard), CHUNK))
+    return sum((np.bincount(chunk, minlength=vocab) for chunk in chunks), np.zeros(vocab, np.int64))

@@ -1,4 +1,4 @@
-"""From `config.data.sources` to documents: which files they name, and the text in them.
+"""From `config.data.sources` to documents: which files they name, and the text and the images in them.
 
 Sits between the config and `loader.py`.  Neither function stops at the first mistake: `find_files` hands back
 the problems it met, `documents` raises them together with those of the text.
@@ -9,15 +9,20 @@ import gzip
 import json
 import os
 import sysconfig
+import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.config import ConfigError
+from moejax.data.images import PICTURES, VIDEOS, Ref
 
 NOT_LIBRARY = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))
 SHOWN = 50  # problems in one error; a million bad lines would bury the first
+Parts = tuple[str | Ref, ...]  # of a document: text, and images where they stand in it
 
 
 class File(NamedTuple):
@@ -30,21 +35,37 @@ class File(NamedTuple):
     lenient: bool  # skip it silently if it is not UTF-8
 
 
+class Document(NamedTuple):
+    name: str  # of its file
+    parts: Parts
+
+    @property
+    def text(self) -> str:
+        """All text, with an image's name in its place."""
+        return "".join(part if isinstance(part, str) else f"\0{part.name}\0" for part in self.parts)
+
+
 def find_files(sources: Sequence[str]) -> tuple[list[File], list[str]]:
     """Every file that the sources name, once each and sorted by name, and the problems met.
 
-    Args:
-        sources: files, folders (all that is below, except hidden files and links to folders), globs (`**` goes
-            into folders), or the word "stdlib": the running Python's standard library without its tests.
+    Sources are files, folders (all that is below, except hidden files and links to folders), globs (`**` goes into
+    folders), or the word "stdlib": the running Python's standard library without its tests.  Images in folders are
+    passed over: the .jsonl and .tar beside them name them.
     """
     found: dict[str, File] = {}
     problems = [] if sources else ["data.sources must name at least one source; got none; set data.sources=stdlib"]
     for source in sources:
-        before = len(problems)
+        before, files = len(problems), []
         root, paths = expand(source, problems)
-        files = [file for path in paths if (file := describe(path, root, source == "stdlib", problems))]
-        for file in files:
-            found.setdefault(os.path.realpath(file.path), file)
+        for path in paths:
+            try:
+                stat = path.stat()
+            except OSError as error:
+                problems.append(unreadable(path, error))
+                continue
+            name = path.relative_to(root).as_posix()
+            files.append(File(name, path, stat.st_size, stat.st_mtime_ns, lenient=source == "stdlib"))
+            found.setdefault(os.path.realpath(path), files[-1])
         if len(problems) == before and not any(file.size for file in files):
             problems.append(empty(source, root, len(files)))
     return sorted(found.values()), problems
@@ -59,32 +80,26 @@ def expand(source: str, problems: list[str]) -> tuple[Path, list[Path]]:
     if os.path.isfile(path):
         return path.parent, [path]
     if source and os.path.isdir(path):
-        return path, list(walk(path, problems))
+        return path, [found for found in walk(path, problems) if not is_image(found.name)]
     root = next((parent for parent in path.parents if not set("*?[") & set(str(parent))), path)
-    return root, [Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
+    return root, [Path(match) for match in glob.glob(str(path), recursive=True)
+                  if os.path.isfile(match) and not is_image(match)]
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(PICTURES + VIDEOS)
 
 
 def walk(root: Path, problems: list[str], skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
     """The files below a folder, neither hidden, nor in a folder of a `skipped` name, nor pipes and the like."""
-    def closed(error: OSError) -> None:
-        problems.append(unreadable(error.filename, error))
-
-    for folder, folders, names in os.walk(root, onerror=closed):
+    for folder, folders, names in os.walk(
+            root, onerror=lambda error: problems.append(unreadable(error.filename, error))):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         for name in names:
             path = Path(folder, name)
             # a broken link is neither file nor pipe; it goes on, and is reported as unreadable
             if not name.startswith(".") and (path.is_file() or not path.exists()):
                 yield path
-
-
-def describe(path: Path, root: Path, lenient: bool, problems: list[str]) -> File | None:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        problems.append(unreadable(path, error))
-        return None
-    return File(path.relative_to(root).as_posix(), path, stat.st_size, stat.st_mtime_ns, lenient)
 
 
 def empty(source: str, root: Path, files: int) -> str:
@@ -104,28 +119,28 @@ def unreadable(path: Any, error: Exception) -> str:
             "repair the file, or leave it out by naming the others with a glob")
 
 
-def documents(files: Sequence[File], problems: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
-    """(name, text) of every document that is not empty, in the order of the files.
+def documents(files: Sequence[File], problems: Sequence[str] = ()) -> Iterator[Document]:
+    """Every document that is not empty, in the order of the files.
 
-    A line of a .jsonl is a document under its file's name: without a line number in it, the documents keep
-    their names when a line is inserted above them.
+    A line of a .jsonl, or a group of a .tar, is a document under its file's name: without a line number in it, the
+    documents keep their names when a line is inserted above them.
 
-    Raises:
-        ConfigError: after the last file, with `problems` and all that is wrong in the files.  From the first
-            problem on, files are only checked and nothing is yielded.
+    Raises ConfigError after the last file, with `problems` and all that is wrong in the files.  From the first problem
+    on, files are only checked and nothing is yielded.
     """
     problems = list(problems)
     for file in files:
-        read = json_lines if file.path.name.endswith(tuple(READERS)) else whole_file
-        for text in read(file, problems):
-            if text and not problems:
-                yield file.name, text
+        name = file.path.name
+        read = json_lines if name.endswith(tuple(READERS)) else tar_groups if name.endswith(".tar") else whole_file
+        for parts in read(file, problems):
+            if any(parts) and not problems:
+                yield Document(file.name, parts)
     if problems:
         more = [f"and {len(problems) - SHOWN} more problems like these"] if len(problems) > SHOWN else []
         raise ConfigError(problems[:SHOWN] + more)
 
 
-def whole_file(file: File, problems: list[str]) -> Iterator[str]:
+def whole_file(file: File, problems: list[str]) -> Iterator[Parts]:
     """The text of a file as one document, byte for byte (line ends are not translated)."""
     try:
         text = file.path.read_bytes().decode()
@@ -136,20 +151,26 @@ def whole_file(file: File, problems: list[str]) -> Iterator[str]:
     except OSError as error:
         problems.append(unreadable(file.path, error))
     else:
-        yield text
+        yield (text,)
 
 
-def json_lines(file: File, problems: list[str]) -> Iterator[str]:
-    """The "text" of every line of a .jsonl, .jsonl.gz or .jsonl.zst; blank lines are skipped."""
+def json_lines(file: File, problems: list[str]) -> Iterator[Parts]:
+    """The "text" or the "parts" of every line of a .jsonl, .jsonl.gz or .jsonl.zst; blank lines are skipped."""
+    folder = os.path.abspath(file.path.parent)
+
+    def refer(name: str, video: bool) -> Ref:
+        return Ref(name, os.path.join(folder, name), 0, -1, video)
+
     read = next(reader for ending, reader in READERS.items() if file.path.name.endswith(ending))
     try:
-        for number, line in enumerate(read(file.path), 1):
-            if line.strip():
-                try:
-                    yield line_text(line)
-                except (ValueError, RecursionError) as error:  # a deep enough [[[… recurses too deep
-                    problems.append(f'every line of a .jsonl must be a JSON object with a "text" string; '
-                                    f"{file.path}:{number} {error}; repair or delete the line")
+        with closing(read(file.path)) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield row_parts(read_row(line), refer)
+                    except (ValueError, RecursionError) as error:  # a deep enough [[[… recurses too deep
+                        problems.append('every line of a .jsonl must be a JSON object with a "text" string or "parts"; '
+                                        f"{file.path}:{number} {error}; repair or delete the line")
     except ImportError:
         problems.append(f"a .jsonl.zst needs the optional package zstandard; {file.path} is one and the package is not "
                         "installed; pip install zstandard")
@@ -157,32 +178,77 @@ def json_lines(file: File, problems: list[str]) -> Iterator[str]:
         problems.append(unreadable(file.path, error))
 
 
-def line_text(line: bytes) -> str:
-    """The "text" of one line.  Raises ValueError that says what the line is instead."""
+def read_row(line: bytes) -> Any:
+    """What one line of JSON holds.  Raises ValueError that says why it is none."""
     try:
-        row = json.loads(line.decode())
+        return json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"has byte 0x{line[error.start]:02x} at byte offset {error.start}, not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at column {error.colno})") from None
+
+
+def row_parts(row: Any, refer: Callable[[str, bool], Ref]) -> Parts:
+    """The "text" of a row, or its "parts" with `refer(name, is a video)`.  Raises ValueError that says what it is."""
     match row:
         case {"text": str(text)}:
-            return text
+            return (text,)
         case {"text": other}:
             raise ValueError(f'has a "text" of type {type(other).__name__}')
+        case {"parts": [*parts]}:
+            return tuple(row_part(part, refer) for part in parts)
+        case {"parts": other}:
+            raise ValueError(f'has "parts" of type {type(other).__name__}')
         case dict():
             raise ValueError(f"has the fields {[*row][:8]}")
     raise ValueError(f"is of type {type(row).__name__}")
 
 
-def plain_lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as lines:
-        yield from lines
+def row_part(part: Any, refer: Callable[[str, bool], Ref]) -> str | Ref:
+    match part:
+        case {"text": str(text)}:
+            return text
+        case {"image": str(name)} | {"video": str(name)} if name:
+            return refer(name, "video" in part)
+    raise ValueError(f'has the part {json.dumps(part)[:80]}, without a "text", "image" or "video" string')
 
 
-def gzip_lines(path: Path) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as lines:
-        yield from lines
+def tar_groups(file: File, problems: list[str]) -> Iterator[Parts]:
+    """The documents of a .tar as WebDataset writes it: a group of files alike up to the first dot is one."""
+    try:
+        with tarfile.open(file.path, "r:") as tar:
+            files = {os.path.normpath(one.name): one for one in tar if one.isfile()}
+            groups: dict[str, list[str]] = {}
+            for name in files:
+                folder, base = os.path.split(name)
+                if not base.startswith("."):
+                    groups.setdefault(os.path.join(folder, base.split(".")[0]), []).append(name)
+            for key, names in groups.items():
+                try:
+                    yield group_parts(tar, os.path.abspath(file.path), files, names)
+                except (ValueError, RecursionError) as error:
+                    problems.append("the .json and .txt of a .tar must be UTF-8 and name files of that .tar; "
+                                    f"{file.path}:{key} {error}; repair it, or take it out of the .tar")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        problems.append(unreadable(file.path, error))
+
+
+def group_parts(tar: tarfile.TarFile, path: str, files: dict[str, tarfile.TarInfo], names: list[str]) -> Parts:
+    """What the .json of a group says, else its images and then its .txt.  Raises ValueError."""
+    def read(ending: str) -> list[bytes]:
+        return [tar.extractfile(files[name]).read() for name in names if name.endswith(ending)]
+
+    def refer(name: str, video: bool) -> Ref:
+        found = files.get(os.path.normpath(name))
+        if found is None:
+            raise ValueError(f"names {name!r}, which is not there")
+        return Ref(name, path, found.offset_data, found.size, video)
+
+    for row in map(read_row, read(".json")):
+        if isinstance(row, dict) and row.keys() & {"text", "parts"}:
+            return row_parts(row, refer)
+    images = [refer(name, name.lower().endswith(VIDEOS)) for name in names if is_image(name)]
+    return (*images, *(text.decode() for text in read(".txt")))
 
 
 def zstd_lines(path: Path) -> Iterator[bytes]:
@@ -209,5 +275,5 @@ def zstd_lines(path: Path) -> Iterator[bytes]:
         raise OSError("the file ends in the middle of a frame")
 
 
-READERS: dict[str, Callable[[Path], Iterator[bytes]]] = {
-    ".jsonl": plain_lines, ".jsonl.gz": gzip_lines, ".jsonl.zst": zstd_lines}
+READERS: dict[str, Callable[[Path], Any]] = {  # lines that can be closed
+    ".jsonl": partial(open, mode="rb"), ".jsonl.gz": gzip.open, ".jsonl.zst": zstd_lines}

@@ -2,8 +2,8 @@
 
 Bottom of the data package.  `open_tokenizer` gives the bytes of UTF-8, or the `tokenizer.json` of a file.  Both have
 
-- `size` (ids are below it), `eot` (the id that ends a document) and `ends` (those that end what a model says);
-- `identity`, a text that differs where ids may differ;
+- `size` (ids of text are below it), `eot` (the id that ends a document), `ends` (those that end what a model says),
+  `image` (the id that stands where an image is) and `identity`, a text that differs where ids may differ;
 - `encode` of a text as it is, for training; `encode_batch` of many; `prompt`, with the special tokens that a model
   expects around it; `chat`, of messages by the chat template; `decode`.
 """
@@ -22,6 +22,7 @@ from moejax.config import ConfigError
 from moejax.data import chat
 
 TOKENIZER_FILE = "tokenizer.json"
+IMAGE = "<image>"  # the token of files
 SETTINGS, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 
 
@@ -31,6 +32,7 @@ class ByteTokenizer:
     size = 257
     eot = 256
     ends = (256,)
+    image = 257  # beyond the size, as text alone does not need it
     identity = "bytes"
 
     def encode(self, text: str) -> UInt16[np.ndarray, " T"]:
@@ -40,8 +42,7 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
-    def prompt(self, text: str) -> UInt16[np.ndarray, " T"]:
-        return self.encode(text)
+    prompt = encode
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt16[np.ndarray, " T"]:
         raise ConfigError(["a chat needs a template; data.tokenizer=bytes has none; prompt without a chat, or set "
@@ -56,13 +57,11 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer.json, with what its folder says of special tokens, ends and chats.
 
-    Special tokens that are spelt out in a text become their ids.
+    Special tokens that are spelt out in a text become their ids; `special` has them by name, "bos_token" and so on.
+    `eot` is the eos_token, else the first eos_token_id of generation_config.json; None if neither is there.  `image` is
+    the token <image>; None if there is none.
 
-    Attributes:
-        eot: the eos_token, else the first eos_token_id of generation_config.json; None if neither is there.
-        special: special tokens by name, "bos_token" and so on.
-    Raises:
-        ConfigError: the package tokenizers is not installed, or all that is wrong with the files.
+    Raises ConfigError: the package tokenizers is not installed, or all that is wrong with the files.
     """
 
     def __init__(self, path: Path):
@@ -94,6 +93,7 @@ class FileTokenizer:
         self.library.add_special_tokens([text for text in [*self.special.values(), *more]
                                          if self.library.token_to_id(text) is not None])
         self.size = 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.image: int | None = self.library.token_to_id(IMAGE)
         self.dtype = np.dtype(np.uint16 if self.size <= 2**16 else np.uint32)
 
         eot = self.library.token_to_id(self.special.get("eos_token", ""))
@@ -108,7 +108,7 @@ class FileTokenizer:
         if problems:
             raise ConfigError(problems)
         self.ends = tuple(dict.fromkeys([*([] if eot is None else [eot]), *ids]))
-        self.eot: int | None = self.ends[0] if self.ends else None
+        self.eot: int | None = next(iter(self.ends), None)
         decided = hashlib.blake2b(data, digest_size=16).hexdigest()
         self.identity = f"{TOKENIZER_FILE} {decided} {sorted({*self.special.values(), *more})} {self.eot}"
 
@@ -128,8 +128,7 @@ class FileTokenizer:
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt[np.ndarray, " T"]:
         """The ids of messages such as `{"role": "user", "content": "…"}`, up to where the model is to answer.
 
-        Raises:
-            ConfigError: the folder has no chat template, or it is wrong or refuses the messages.
+        Raises ConfigError: the folder has no chat template, or it is wrong or refuses the messages.
         """
         where, template = chat.find_template(self.folder, self.settings)
         return self.encode(chat.render(where, template, messages, add_generation_prompt, self.special))
@@ -143,10 +142,7 @@ class FileTokenizer:
 def open_tokenizer(name: str, vocab: int | None = None) -> ByteTokenizer | FileTokenizer:
     """The tokenizer that data.tokenizer names: "bytes", or the path of a tokenizer.json or of its folder.
 
-    Args:
-        vocab: model.vocab, which must hold its ids.
-    Raises:
-        ConfigError: no name, no such file, a file that cannot be used, or more ids than `vocab`.
+    Raises ConfigError: no name, no such file, a file that cannot be used, or more ids than `vocab`, model.vocab.
     """
     if not name:
         raise ConfigError(["text needs a tokenizer; data.tokenizer is empty, which is none; "
@@ -170,11 +166,7 @@ def tokenizer_path(name: str) -> Path:
 
 
 def tokenizer_files(name: str) -> dict[str, str]:
-    """The texts of the files that make the tokenizer `name`, by the names that a folder of its own gives them.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
+    """The texts of the files that make the tokenizer `name`, by the names that a folder of its own gives them."""
     if name in ("", "bytes"):
         return {}
     path = tokenizer_path(name)

@@ -9,8 +9,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jax import Array
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError, Data
-from moejax.hf.names import FAMILIES, Entry, describe, model_of, unlike
+from moejax.hf.names import FAMILIES, WHOLE, Entry, describe, model_of, unlike
 from moejax.hf.safetensors import DTYPES, File, shards, write
 from moejax.model import transformer
 from moejax.model.sharded import Sharded
@@ -33,13 +34,18 @@ from moejax.parallel.memory import host_array
 INDEX = "model.safetensors.index.json"
 ORIGIN = "huggingface.json"  # in the run folder: the config it came with, and the type of every tensor
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-          "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+          "generation_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json",
+          "preprocessor_config.json", "processor_config.json")
 SHARD = 2 << 30  # bytes of a file of an export, at most, unless one tensor is larger
 FLOAT16 = 65520  # and above is rounded to infinity
 IN_PLACE = ("cpu",)  # platforms whose devices work in the memory of the host
 ROWS = 128  # of a matrix that are transposed at once: they stay in the cache
 THREADS = min(os.cpu_count() or 1, 16)
-UNUSED = re.compile(r"rotary_emb\.inv_freq$")  # written by older versions
+UNUSED = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")  # written by older versions
+READS = re.compile(r"text_model\.|(text|visual)_projection\.|logit_(scale|bias)$")  # the rest of CLIP and SigLIP
+SEES = "vision_model."  # begins the names of an encoder's tensors, in most versions
+TIED = ("lm_head.weight", "lm_head.additional_fc.weight")
+put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)  # array, layer, its place
 
 
 class Tensor(NamedTuple):
@@ -49,29 +55,37 @@ class Tensor(NamedTuple):
     weight: str
     at: dict[str, int]  # index along `layer`, `expert`, `gate`
     shape: tuple[int, ...]
+    rows: range | None  # of our weight, along the first axis that the tensor has; all where None
+
+    def first(self) -> str:
+        return groups(self.entry)[0][0]
 
 
 class Checkpoint:
-    """A folder of safetensors files, checked as a whole before anything is read.
-
-    Raises:
-        ConfigError: everything that is wrong with it.
-    """
+    """A folder of safetensors files, checked as a whole before anything is read: a ConfigError says all its faults."""
 
     def __init__(self, folder: Path):
         self.folder, self.config = folder, read_json(folder / "config.json")
         name = self.config.get("model_type")
-        if not isinstance(name, str) or name not in FAMILIES:
-            raise ConfigError([f"model_type is one of {', '.join(FAMILIES)}; {folder / 'config.json'} has {name!r}"])
-        if self.config.get("quantization_config"):
-            found = self.config["quantization_config"]
+        if not isinstance(name, str) or name not in FAMILIES | WHOLE:
+            raise ConfigError([f"model_type is one of {', '.join(FAMILIES | WHOLE)}; {folder / 'config.json'} has "
+                               f"{name!r}"])
+        if found := self.config.get("quantization_config"):
             method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
             raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised ({method}); "
                                "take a checkpoint that is not, or dequantise it first"])
-        self.family, read = FAMILIES[name], FAMILIES[name].reader(self.config)
+        self.family = FAMILIES[WHOLE.get(name, name)]
+        if self.family.encoder():
+            self.config = alone(self.config, WHOLE.get(name, name))
+        read = self.family.reader(self.config, "vision_config." * (name in WHOLE))
         self.model = model_of(self.family, read)
-        if read.problems:
-            raise ConfigError(read.problems)
+        problems = read.problems
+        if self.model.vision and not problems:
+            more, problems = prepared(folder)
+            kept = [part for part in self.model.vision.split() if part.partition("=")[0] not in more]
+            self.model = replace(self.model, vision=" ".join([*kept, *(f"{key}={more[key]}" for key in more)]))
+        if problems:
+            raise ConfigError(problems)
         self.files = self.open()
 
     def open(self) -> dict[str, File]:
@@ -86,13 +100,12 @@ class Checkpoint:
             problems += [f"a tensor lies in one file; {name} is in {found[name].path} and in {path}; fetch them again"
                          for name in sorted(found.keys() & file.tensors.keys())]
             found |= dict.fromkeys(file.tensors, file)
+        problems = problems or [
+            f"{self.folder / INDEX} says in which file a tensor lies; {name} is said to be in {file}, and is "
+            f"{f'in {found[name].path.name}' if name in found else 'in none'}; fetch them again"
+            for name, file in index.items() if name not in found or found[name].path.name != file]
         if problems:
             raise ConfigError(problems)
-        wrong = [f"{self.folder / INDEX} says in which file a tensor lies; {name} is said to be in {file}, and is "
-                 f"{f'in {found[name].path.name}' if name in found else 'in none'}; fetch them again"
-                 for name, file in index.items() if name not in found or found[name].path.name != file]
-        if wrong:
-            raise ConfigError(wrong)
         return found
 
     def shards(self) -> tuple[list[Path], dict[str, str]]:
@@ -102,9 +115,9 @@ class Checkpoint:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ConfigError([f"{index} names the files of the weights; it names none; fetch it again"])
-            problems = [f"{index} names files beside it; it has {weight_map[name]!r} for {name}; fetch it again"
-                        for name in weight_map if not beside(weight_map[name])]
-            names = sorted({name for name in weight_map.values() if beside(name)})
+            names = sorted({x for x in weight_map.values() if isinstance(x, str) and x == Path(x).name})
+            problems = [f"{index} names files beside it; it has {file!r} for {name}; fetch it again"
+                        for name, file in weight_map.items() if file not in names]
             problems += [f"{index} names the files of the weights; {name} is not there; fetch it again"
                          for name in names if not (self.folder / name).is_file()]
             if problems:
@@ -112,8 +125,7 @@ class Checkpoint:
             return [self.folder / name for name in names], weight_map
         if single.is_file():
             return [single], {}
-        pickled = sorted(path.name for path in self.folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickled:
+        if pickled := sorted(x.name for x in self.folder.glob("*") if x.suffix in (".bin", ".pt", ".pth", ".ckpt")):
             raise ConfigError([f"weights are read from safetensors; {self.folder} has {', '.join(pickled)}, which are "
                                "pickle files: reading one can run any code in it; convert it to safetensors where you "
                                "trust it"])
@@ -124,15 +136,14 @@ class Checkpoint:
 
     def check(self, wanted: Mapping[str, Tensor]) -> list[str]:
         """Raises ConfigError on tensors that are missing, too many or of another shape; returns those left out."""
-        wrong, left = [], []
-        layers = self.model.layers
-        for name in sorted(wanted.keys() - self.files.keys()):
-            wrong.append(f"{name} of shape {list(wanted[name].shape)} is missing")
+        wrong = [f"{name} of shape {list(wanted[name].shape)} is missing"
+                 for name in sorted(wanted.keys() - self.files.keys())]
+        left, layers = [], self.model.layers
         for name in sorted(self.files.keys() - wanted.keys()):
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             later = layer and layers <= int(layer[1]) < layers + (self.config.get("num_nextn_predict_layers") or 0)
-            tied = name == "lm_head.weight" and self.model.tied
-            if later or tied or UNUSED.search(name):
+            other = (name in TIED and self.model.tied) or (self.family.encoder() and READS.match(name))
+            if later or other or UNUSED.search(name):
                 left.append(name)
             else:
                 wrong.append(f"{name} is there, and this model has no such tensor")
@@ -148,9 +159,8 @@ class Checkpoint:
 
     def weights(self, sharded: Sharded) -> tuple[dict[str, Array], list[str]]:
         """All weights on the mesh, float32, and the names of tensors that were left out."""
-        wanted = tensors(entries_of(self.config), sharded)
+        wanted, by_weight = tensors(entries_of(self.config, self.files), sharded), {name: [] for name in sharded.axes}
         left = self.check(wanted)
-        by_weight: dict[str, list[tuple[str, Tensor]]] = {name: [] for name in sharded.axes}
         for name, tensor in wanted.items():
             by_weight[tensor.weight].append((name, tensor))
         with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(2) as some:  # two weights at a time
@@ -159,8 +169,6 @@ class Checkpoint:
 
     def place(self, sharded: Sharded, weight: str, parts: list[tuple[str, Tensor]], pool: ThreadPoolExecutor) -> Array:
         shape, axes, sharding = sharded.shapes[weight], rules.names(sharded.axes[weight]), sharded.shardings[weight]
-        made: dict[str, Any] = {}
-
         def block(index: tuple[slice, ...], device: jax.Device) -> Any:
             """What the device holds: an array of the host that it takes as it is, or layers that it was sent."""
             ranges = {axis: range(*one.indices(size)) for axis, one, size in zip(axes, index, shape, strict=True)}
@@ -171,12 +179,12 @@ class Checkpoint:
                 out = put(out, self.read(ranges | {"layer": range(layer, layer + 1)}, parts, sharded, pool, device), at)
             return out
 
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
+        made, held = {}, sharding.addressable_devices_indices_map(shape)
+        for device, index in held.items():
             if str(index) not in made:  # other devices may hold the same
                 made[str(index)] = block(index, device)
         return jax.make_array_from_single_device_arrays(shape, sharding, [
-            jax.device_put(made[str(index)], device)
-            for device, index in sharding.addressable_devices_indices_map(shape).items()])
+            jax.device_put(made[str(index)], device) for device, index in held.items()])
 
     def read(self, ranges: Mapping[str, range], parts: list[tuple[str, Tensor]], sharded: Sharded,
              pool: ThreadPoolExecutor, device: jax.Device | None = None) -> Any:
@@ -191,13 +199,21 @@ class Checkpoint:
         if any(i not in ranges[axis] for axis, i in tensor.at.items()):
             return
         sizes = dict(zip(rules.names(sharded.axes[tensor.weight]), sharded.shapes[tensor.weight], strict=True))
-        file, dims = self.files[name], groups(tensor.entry)
+        if tensor.rows is not None:
+            axis, rows, held = tensor.first(), tensor.rows, ranges[tensor.first()]
+            a, b = max(held.start, rows.start), min(held.stop, rows.stop)
+            if a >= b:
+                return
+            out = out[tuple(slice(a - held.start, b - held.start) if one == axis else slice(None) for one in ranges)]
+            ranges = {**ranges, axis: range(a - rows.start, b - rows.start)}
+        file, dims = self.files[name], [dim for dim in groups(tensor.entry) if dim]
         cuts, inner = [], []
         for dim in dims:  # of a dimension of several axes the outer one is cut first
             size = math.prod(sizes[axis] for axis in dim[1:])
             cuts.append(slice(ranges[dim[0]].start * size, ranges[dim[0]].stop * size))
             inner += [slice(None), *(slice(ranges[axis].start, ranges[axis].stop) for axis in dim[1:])]
-        value = file.view(name)[tuple(cuts)].reshape([n for dim in dims for n in (len(ranges[dim[0]]), *(
+        value = file.view(name).reshape([n for n, dim in zip(tensor.shape, groups(tensor.entry), strict=True) if dim])
+        value = value[tuple(cuts)].reshape([n for dim in dims for n in (len(ranges[dim[0]]), *(
             sizes[axis] for axis in dim[1:]))])
         value = turned(value, tensor.entry, sharded.config.model, interleaved=True)[tuple(inner)]
         at = tuple(tensor.at[axis] - ranges[axis].start if axis in tensor.at else slice(None) for axis in ranges)
@@ -206,22 +222,58 @@ class Checkpoint:
         file.leave(name)
 
 
-@partial(jax.jit, donate_argnums=0)
-def put(out: Array, row: Array, at: Array) -> Array:
-    """`out` with one layer in its place."""
-    return jax.lax.dynamic_update_slice_in_dim(out, row, at, 0)
+def entries_of(published: Mapping[str, Any], names: Iterable[str] = ()) -> tuple[Entry, ...]:
+    """Those of a family as a checkpoint with this config.json and these tensors, where it has some, spells them."""
+    family = FAMILIES[published["model_type"]]
+    entries, values, names = family.entries, family.reader(published).values, list(names)
+    if family.encoder() and names and not any(name.startswith(SEES) for name in names):
+        entries = tuple(entry._replace(there=entry.there.removeprefix(SEES)) for entry in entries)
+    if not published.get("rope_interleave", True):
+        entries = tuple(entry._replace(axes=entry.axes.replace("~", "")) for entry in entries)
+    counts = {entry.rows: [values.get(key) or 0 for key in entry.rows.split()] for entry in entries if entry.rows}
+    return tuple(entry._replace(rows=range(sum(counts[entry.rows][:-1]), sum(counts[entry.rows])))
+                 if entry.rows else entry for entry in entries)
 
 
-def entries_of(published: Mapping[str, Any]) -> tuple[Entry, ...]:
-    entries = FAMILIES[published["model_type"]].entries
-    if published.get("rope_interleave", True):
-        return entries
-    return tuple(entry._replace(axes=entry.axes.replace("~", "")) for entry in entries)
+def alone(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The config.json of an image encoder by itself: of CLIP and SigLIP only the half that sees is taken.  Raises
+    ConfigError where that is no JSON object.
+    """
+    known = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
+    if config["model_type"] == kind:
+        return config | known
+    found = next((config[key] for key in ("vision_config_dict", "vision_config") if config.get(key) is not None), {})
+    if not isinstance(found, dict):
+        raise ConfigError([f"config.json must hold a JSON object, as vision_config; it has {found!r}"])
+    return found | known | {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
+
+
+def prepared(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """How a checkpoint's images are made ready, as `model.vision` says it, and what is wrong with that."""
+    found: Any = next((read_json(folder / name) for name in BESIDE[-2:] if (folder / name).is_file()), {})
+    found, problems, text = found.get("image_processor", found), [], {}
+    if not isinstance(found, dict):
+        return {}, [f"an image_processor is a JSON object; {folder / BESIDE[-1]} has {found!r}"]
+    if found.get("do_rescale") is False or found.get("rescale_factor") not in (None, 1 / 255):
+        problems.append(f"bytes of pixels are divided by 255 here; {folder} has do_rescale "
+                        f"{found.get('do_rescale')} and rescale_factor {found.get('rescale_factor')}")
+    if "do_center_crop" in found:
+        text["fit"] = "crop" if found["do_center_crop"] else "squash"
+    for key, name, none in (("image_mean", "mean", 0.0), ("image_std", "std", 1.0)):
+        value = [none] * 3 if found.get("do_normalize") is False else found.get(key)
+        if isinstance(value, list) and len(value) == 3 and all(
+                type(x) in (int, float) and math.isfinite(x) and (x > 0 or name == "mean") for x in value):
+            text[name] = ",".join(map(repr, map(float, value)))
+        elif value is not None:
+            problems.append(f"{key} has a number each for red, green and blue{', above 0' * (name == 'std')}; "
+                            f"preprocessor_config.json has {value!r}")
+    return text, problems
 
 
 def groups(entry: Entry) -> list[list[str]]:
     """The axes of every dimension of a tensor: "(heads head) embed" is [["heads", "head"], ["embed"]]."""
-    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", entry.axes.replace("~", ""))]
+    parts = re.findall(r"\([^)]*\)|\S+", entry.axes.replace("~", ""))
+    return [[] if part == "1" else part.strip("()").split() for part in parts]
 
 
 def turned(value: np.ndarray, entry: Entry, model: configs.Model, interleaved: bool) -> np.ndarray:
@@ -231,15 +283,12 @@ def turned(value: np.ndarray, entry: Entry, model: configs.Model, interleaved: b
     marked = next(part.strip("()~") for part in entry.axes.split() if "~" in part)
     axis = [name for dim in groups(entry) for name in dim].index(marked)
     size, count = value.shape[axis], model.latent[2]
-    pairs = np.arange(count).reshape(-1, 2).T.ravel()  # 0 2 4 … 1 3 5 …
-    pairs = pairs if interleaved else np.argsort(pairs)
-    return np.take(value, np.concatenate([np.arange(size - count), size - count + pairs]), axis)
+    order = np.r_[:size - count, size - count:size:2, size - count + 1:size:2]  # … 0 2 4 … 1 3 5 …
+    return np.take(value, order if interleaved else np.argsort(order), axis)
 
 
 def copy(out: np.ndarray, value: np.ndarray) -> None:
-    """out[...] = value, where out is zeros, float32; a transposed matrix in blocks of rows, which is several times as
-    fast.
-    """
+    """out[...] = value, where out is zeros, float32; a transposed matrix by blocks of rows, several times as fast."""
     if value.dtype == DTYPES["BF16"] and out.ndim:  # the upper halves of float32
         out, value = out.view(np.uint16)[..., sys.byteorder == "little"::2], value.view(np.uint16)
     if value.ndim < 2 or value.strides[-1] == value.itemsize:
@@ -254,28 +303,48 @@ def copy(out: np.ndarray, value: np.ndarray) -> None:
 
 def tensors(entries: Sequence[Entry], sharded: Sharded) -> dict[str, Tensor]:
     """Every tensor of a checkpoint of this model."""
-    found, model = {}, sharded.config.model
-    stacks = transformer.stacks(model)
+    found, numbered = {}, stacks(sharded.config.model)
     for entry in entries:
-        inside = "{layer}" in entry.there
-        for prefix, layers in stacks.items() if inside else [("", [0])]:
+        inside = stacked(entry)
+        for prefix, layers in numbered[inside].items() if inside else [("", [0])]:
             weight = f"{prefix}.{entry.here}".lstrip(".")
-            held = [axis for dim in groups(entry) for axis in dim]
-            if weight not in sharded.axes or not fits(entry, held, rules.names(sharded.axes[weight])):
+            if weight not in sharded.axes or not fits(entry, rules.names(sharded.axes[weight])):
                 continue
             sizes = dict(zip(rules.names(sharded.axes[weight]), sharded.shapes[weight], strict=True))
+            rows = entry.rows if isinstance(entry.rows, range) else None
+            if rows is not None:
+                sizes[groups(entry)[0][0]] = len(rows)
             shape = tuple(math.prod(sizes[axis] for axis in dim) for dim in groups(entry))
+            if 0 in shape:
+                continue
             for row, layer in enumerate(layers):
                 for expert in range(sizes["expert"]) if "{expert}" in entry.there else [None]:
                     at = {"layer": row if inside else None, "expert": expert, "gate": entry.gate}
-                    name = entry.there.format(layer=layer, expert=expert)
-                    found[name] = Tensor(entry, weight, {k: v for k, v in at.items() if v is not None}, shape)
+                    name = entry.there.format(expert=expert, **{inside or "layer": layer})
+                    found[name] = Tensor(entry, weight, {k: v for k, v in at.items() if v is not None}, shape, rows)
     return found
 
 
-def fits(entry: Entry, held: Sequence[str], axes: Sequence[str]) -> bool:
+def stacks(model: configs.Model) -> dict[str, dict[str, list[int]]]:
+    """By what stands for the number in names there: prefix of our stacked weights -> the numbers in the stack."""
+    layers, letters = transformer.stacks(model), model.layer_letters()
+    crossed = [layer for layer, letter in enumerate(letters) if letter in configs.CROSSED]
+    told, look = model.encoder(), model.looks()
+    return {"layer": layers,
+            "cross": {f"{prefix}.cross": [crossed.index(layer) for layer in some]
+                      for prefix, some in layers.items() if some[0] in crossed},
+            "block": {"vision.encoder.block": list(range(told.layers))} if told else {},
+            "depth": {"vision.resampler.layer": list(range(look.depth))} if look and look.latents else {}}
+
+
+def stacked(entry: Entry) -> str | None:
+    return next((kind for kind in ("layer", "cross", "block", "depth") if f"{{{kind}}}" in entry.there), None)
+
+
+def fits(entry: Entry, axes: Sequence[str]) -> bool:
     """Whether the tensor's axes, with those that its name fixes, are those of our weight."""
-    named = {"layer": "{layer}" in entry.there, "expert": "{expert}" in entry.there, "gate": entry.gate is not None}
+    named = {"layer": stacked(entry) is not None, "expert": "{expert}" in entry.there, "gate": entry.gate is not None}
+    held = [axis for dim in groups(entry) for axis in dim]
     return sorted([*held, *(axis for axis, there in named.items() if there)]) == sorted(axes)
 
 
@@ -289,24 +358,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def beside(name: Any) -> bool:
-    """Whether it is the name of a file in the folder itself."""
-    return isinstance(name, str) and name == Path(name).name
-
-
 def config_of(checkpoint: Checkpoint, run_dir: Path, tokenizer: str) -> Config:
     """A config for an imported model: whole on one device until a mesh is set."""
-    longest = checkpoint.config.get("max_position_embeddings") or 2048
+    sequence = min(checkpoint.config.get("max_position_embeddings") or 2048, 2048)
     return Config(name=run_dir.name, run_dir=str(run_dir), model=checkpoint.model,
-                  data=Data(sequence=min(longest, 2048), batch=1, tokenizer=tokenizer))
+                  data=Data(sequence=sequence, batch=1, tokenizer=tokenizer))
 
 
 def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
-    """The family that can express a model, and its config.json.
-
-    Raises:
-        ConfigError: none can; says what the nearest one lacks.
-    """
+    """The family that can express a model, and its config.json.  Raises ConfigError: what the nearest one lacks."""
     lacks = {}
     for name, family in FAMILIES.items():
         found = describe(model, family, longest)
@@ -325,20 +385,13 @@ def expresses(published: Mapping[str, Any], model: configs.Model) -> bool:
     return not unlike(model, model_of(family, family.reader(published)))
 
 
-def export(
-    sharded: Sharded, weights: Mapping[str, Array], folder: Path, published: dict[str, Any],
-    dtypes: Mapping[str, str], default: str,
-) -> dict[str, Any]:
-    """Write a model as a checkpoint of a family: files of at most SHARD bytes, and config.json.
-
-    Args:
-        published: the config.json; its model_type names the family.
-        dtypes, default: keys of DTYPES, by tensor.
-    Returns: {"tensors": number, "bytes": of all}.
-    Raises:
-        ConfigError: a number is too large for float16.
+def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, published: dict[str, Any],
+           dtypes: Mapping[str, str], default: str) -> dict[str, Any]:
+    """Write a model as a checkpoint of a family: files of at most SHARD bytes, and `published` as config.json, whose
+    model_type names the family.  The dtypes are keys of DTYPES, by tensor.  Returns {"tensors": number, "bytes": of
+    all}.  Raises ConfigError where a number is too large for float16.
     """
-    wanted = tensors(entries_of(published), sharded)
+    wanted = tensors(entries_of(published, dtypes), sharded)
     sizes = {name: math.prod(one.shape) * DTYPES[dtypes.get(name, default)].itemsize for name, one in wanted.items()}
     large = {name: float(jnp.max(jnp.abs(weights[name]))) for name in sorted(
         {one.weight for key, one in wanted.items() if dtypes.get(key, default) == "F16"})}
@@ -346,8 +399,7 @@ def export(
                 for name, most in large.items() if FLOAT16 <= most < math.inf]
     if problems:
         raise ConfigError(problems)
-    files = list(shards(sizes, SHARD))
-    where = {}
+    files, where = list(shards(sizes, SHARD)), {}
     for i, names in enumerate(files, 1):
         path = folder / ("model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors")
         write(path, {name: (dtypes.get(name, default), wanted[name].shape) for name in names},
@@ -363,7 +415,8 @@ def export(
 def fetch(weights: Mapping[str, Array], tensor: Tensor, sharded: Sharded) -> np.ndarray:
     """One tensor as it is published, float32."""
     axes = rules.names(sharded.axes[tensor.weight])
-    value = np.asarray(weights[tensor.weight][tuple(tensor.at.get(axis, slice(None)) for axis in axes)])
+    at = tensor.at if tensor.rows is None else tensor.at | {tensor.first(): slice(tensor.rows.start, tensor.rows.stop)}
+    value = np.asarray(weights[tensor.weight][tuple(at.get(axis, slice(None)) for axis in axes)])
     held = [axis for axis in axes if axis not in tensor.at]
     value = value.transpose([held.index(axis) for dim in groups(tensor.entry) for axis in dim])
     value = turned(value, tensor.entry, sharded.config.model, interleaved=False)
@@ -373,14 +426,11 @@ def fetch(weights: Mapping[str, Array], tensor: Tensor, sharded: Sharded) -> np.
 
 
 def balance_loss(output: Output) -> Array:
-    """The balance loss as transformers counts it: over all layers' tokens at once, and k where it is balanced.
-
-    Raises:
-        ValueError: the model has no experts.
+    """The balance loss as transformers counts it: over all layers' tokens at once, and k where it is balanced.  Raises
+    ValueError where the model has no experts.
     """
     if output.losses is None:
         raise ValueError("a balance loss is of experts; this model has none")
     load, share = output.losses.load, output.losses.share
-    layers, _, _, active = output.routing.expert.shape
-    chosen = jnp.sum(load, 0) / (jnp.sum(load) / active)
-    return load.shape[1] * jnp.sum(chosen * jnp.sum(share, 0) / layers)
+    chosen = jnp.sum(load, 0) / (jnp.sum(load) / output.routing.expert.shape[-1])
+    return load.shape[1] * jnp.sum(chosen * jnp.mean(share, 0))

@@ -6,179 +6,196 @@ family needs is a value in the config.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from moejax.config import Model
-from moejax.hf.reading import (
-    ACTIVATIONS,
-    Reader,
-    deepseek_v3,
-    gpt_oss,
-    granitemoe,
-    llama,
-    mistral,
-    mixtral,
-    olmoe,
-    phimoe,
-    qwen2_moe,
-    qwen3_moe,
-    rope,
-)
+from moejax.config import CROSSED, Model
+from moejax.hf import reading
+from moejax.hf.reading import ACTIVATIONS, ENCODER_ACTIVATIONS, Reader
 from moejax.model.rotary import yarn_factor
 
 
 class Entry(NamedTuple):
     """One kind of tensor.
 
-    `there` has {layer} and {expert} for numbers; `here` ends the name of our weight, in a layer or of the model; an
-    axis marked ~ ends in entries that rotary positions turn in neighbouring pairs, where ours turn halves.
+    `there` has {layer} and {expert} for numbers, {cross} of layers with cross-attention, {block} of the image encoder
+    and {depth} of the resampler; `here` ends the name of our weight, in a layer or of the model; an axis marked ~ ends
+    in entries that rotary positions turn in neighbouring pairs, where ours turn halves; 1 is a dimension of one entry.
     """
 
     there: str
     here: str
     axes: str
     gate: int | None = None  # the tensor is this one of the matrices into the hidden layer
+    rows: str | range = ""  # of ours along its first axis: keys of config.json count them, the last, and those before
+
+
+def both(there: str, here: str, axes: str, bias: str = "norm", gate: int | None = None) -> tuple[Entry, Entry]:
+    """A matrix and its bias."""
+    return Entry(f"{there}.weight", here, axes, gate), Entry(f"{there}.bias", f"{here}_bias", bias, gate)
+
+
+def norm(there: str, here: str) -> tuple[Entry, Entry]:
+    return Entry(f"{there}.weight", f"{here}.scale", "norm"), Entry(f"{there}.bias", f"{here}.bias", "norm")
+
+
+def attention(there: str, output: str = "o_proj") -> tuple[Entry, ...]:
+    """The matrices in and out of heads."""
+    return (*both(f"{there}q_proj", "attention.q", "(heads head) embed", "(heads head)"),
+            *both(f"{there}k_proj", "attention.k", "(kv head) embed", "(kv head)"),
+            *both(f"{there}v_proj", "attention.v", "(kv head) embed", "(kv head)"),
+            *both(f"{there}{output}", "attention.o", "embed (heads head)"))
+
+
+def mlp(there: str, here: str, names: str = "gate_proj up_proj down_proj") -> tuple[Entry, ...]:
+    """The three matrices of a gated MLP, or of every expert."""
+    gate, up, down = (f"{there}{name}" for name in names.split())
+    return (*both(gate, f"{here}up", "hidden embed", "hidden", 0), *both(up, f"{here}up", "hidden embed", "hidden", 1),
+            *both(down, f"{here}down", "embed hidden"))
 
 
 LAYER = "model.layers.{layer}."
 OUTSIDE = (
-    Entry("model.embed_tokens.weight", "embedding", "vocab embed"),
-    Entry("model.norm.weight", "norm.scale", "norm"),
-    Entry("model.norm.bias", "norm.bias", "norm"),
-    Entry("lm_head.weight", "head", "vocab embed"),
-    Entry("lm_head.bias", "head_bias", "vocab"),
-    Entry(LAYER + "input_layernorm.weight", "attention_norm.scale", "norm"),
-    Entry(LAYER + "input_layernorm.bias", "attention_norm.bias", "norm"),
-    Entry(LAYER + "post_attention_layernorm.weight", "feed_norm.scale", "norm"),
-    Entry(LAYER + "post_attention_layernorm.bias", "feed_norm.bias", "norm"),
-)
-ATTENTION = (
-    Entry(LAYER + "self_attn.q_proj.weight", "attention.q", "(heads head) embed"),
-    Entry(LAYER + "self_attn.q_proj.bias", "attention.q_bias", "(heads head)"),
-    Entry(LAYER + "self_attn.k_proj.weight", "attention.k", "(kv head) embed"),
-    Entry(LAYER + "self_attn.k_proj.bias", "attention.k_bias", "(kv head)"),
-    Entry(LAYER + "self_attn.v_proj.weight", "attention.v", "(kv head) embed"),
-    Entry(LAYER + "self_attn.v_proj.bias", "attention.v_bias", "(kv head)"),
-    Entry(LAYER + "self_attn.o_proj.weight", "attention.o", "embed (heads head)"),
-    Entry(LAYER + "self_attn.o_proj.bias", "attention.o_bias", "norm"),
-    Entry(LAYER + "self_attn.sinks", "attention.sinks", "heads"),
-)
-HEAD_NORMS = (
-    Entry(LAYER + "self_attn.q_norm.weight", "attention.q_norm", "head"),
-    Entry(LAYER + "self_attn.k_norm.weight", "attention.k_norm", "head"),
-)
-WHOLE_NORMS = (
-    Entry(LAYER + "self_attn.q_norm.weight", "attention.q_norm", "(heads head)"),
-    Entry(LAYER + "self_attn.k_norm.weight", "attention.k_norm", "(kv head)"),
-)
-
-
-LATENT = (
-    Entry(LAYER + "self_attn.q_proj.weight", "attention.q", "(heads head~) embed"),
-    Entry(LAYER + "self_attn.q_a_proj.weight", "attention.q_down", "queries embed"),
-    Entry(LAYER + "self_attn.q_a_proj.bias", "attention.q_down_bias", "queries"),
-    Entry(LAYER + "self_attn.q_a_layernorm.weight", "attention.q_norm", "queries"),
-    Entry(LAYER + "self_attn.q_b_proj.weight", "attention.q", "(heads head~) queries"),
-    Entry(LAYER + "self_attn.kv_a_proj_with_mqa.weight", "attention.kv_down", "mixed~ embed"),
-    Entry(LAYER + "self_attn.kv_a_proj_with_mqa.bias", "attention.kv_down_bias", "mixed~"),
-    Entry(LAYER + "self_attn.kv_a_layernorm.weight", "attention.kv_norm", "keys"),
-    Entry(LAYER + "self_attn.kv_b_proj.weight", "attention.kv", "(heads both) keys"),
-    Entry(LAYER + "self_attn.o_proj.weight", "attention.o", "embed (heads head)"),
-    Entry(LAYER + "self_attn.o_proj.bias", "attention.o_bias", "norm"),
-)
-
-
-def mlp(
-    there: str, here: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-) -> tuple[Entry, ...]:
-    """The three matrices of a gated MLP, or of every expert."""
-    gate, up, down = names
-    return (
-        Entry(f"{LAYER}{there}{gate}.weight", f"{here}up", "hidden embed", 0),
-        Entry(f"{LAYER}{there}{gate}.bias", f"{here}up_bias", "hidden", 0),
-        Entry(f"{LAYER}{there}{up}.weight", f"{here}up", "hidden embed", 1),
-        Entry(f"{LAYER}{there}{up}.bias", f"{here}up_bias", "hidden", 1),
-        Entry(f"{LAYER}{there}{down}.weight", f"{here}down", "embed hidden"),
-        Entry(f"{LAYER}{there}{down}.bias", f"{here}down_bias", "norm"),
-    )
-
-
-DENSE = mlp("mlp.", "feed.mlp.")
-MIXTRAL_EXPERTS = (*mlp("block_sparse_moe.experts.{expert}.", "feed.", ("w1", "w3", "w2")),
+    Entry("model.embed_tokens.weight", "embedding", "vocab embed"), *norm("model.norm", "norm"),
+    *both("lm_head", "head", "vocab embed", "vocab"), *norm(LAYER + "input_layernorm", "attention_norm"),
+    *norm(LAYER + "post_attention_layernorm", "feed_norm"))
+ATTENTION = (*attention(LAYER + "self_attn."), Entry(LAYER + "self_attn.sinks", "attention.sinks", "heads"))
+HEAD_NORMS = tuple(Entry(f"{LAYER}self_attn.{x}_norm.weight", f"attention.{x}_norm", "head") for x in "qk")
+WHOLE_NORMS = tuple(Entry(f"{LAYER}self_attn.{x}_norm.weight", f"attention.{x}_norm", axes)
+                    for x, axes in (("q", "(heads head)"), ("k", "(kv head)")))
+LATENT = (Entry(LAYER + "self_attn.q_proj.weight", "attention.q", "(heads head~) embed"),
+          *both(LAYER + "self_attn.q_a_proj", "attention.q_down", "queries embed", "queries"),
+          Entry(LAYER + "self_attn.q_a_layernorm.weight", "attention.q_norm", "queries"),
+          Entry(LAYER + "self_attn.q_b_proj.weight", "attention.q", "(heads head~) queries"),
+          *both(LAYER + "self_attn.kv_a_proj_with_mqa", "attention.kv_down", "mixed~ embed", "mixed~"),
+          Entry(LAYER + "self_attn.kv_a_layernorm.weight", "attention.kv_norm", "keys"),
+          Entry(LAYER + "self_attn.kv_b_proj.weight", "attention.kv", "(heads both) keys"),
+          *both(LAYER + "self_attn.o_proj", "attention.o", "embed (heads head)"))
+DENSE = mlp(LAYER + "mlp.", "feed.mlp.")
+MIXTRAL_EXPERTS = (*mlp(LAYER + "block_sparse_moe.experts.{expert}.", "feed.", "w1 w3 w2"),
                    Entry(LAYER + "block_sparse_moe.gate.weight", "feed.router", "choice embed"))
-QWEN_EXPERTS = (*mlp("mlp.experts.{expert}.", "feed."), Entry(LAYER + "mlp.gate.weight", "feed.router", "choice embed"))
+QWEN_EXPERTS = (*mlp(LAYER + "mlp.experts.{expert}.", "feed."),
+                Entry(LAYER + "mlp.gate.weight", "feed.router", "choice embed"))
 
 
-@dataclass(frozen=True)
-class Family:
+def seeing(prefix: str) -> tuple[Entry, ...]:
+    """An image encoder of CLIP's or SigLIP's."""
+    block, head, ours = f"{prefix}encoder.layers.{{block}}.", f"{prefix}head.", "vision.encoder."
+    return (
+        Entry(f"{prefix}embeddings.class_embedding", f"{ours}token", "embed"),
+        *both(f"{prefix}embeddings.patch_embedding", f"{ours}patch", "embed colour row column"),
+        Entry(f"{prefix}embeddings.position_embedding.weight", f"{ours}positions", "place embed"),
+        *norm(f"{prefix}pre_layrnorm", f"{ours}pre_norm"), *norm(f"{prefix}post_layernorm", f"{ours}post_norm"),
+        *norm(f"{block}layer_norm1", "attention_norm"), *norm(f"{block}layer_norm2", "feed_norm"),
+        *attention(f"{block}self_attn.", "out_proj"),
+        *both(f"{block}mlp.fc1", "feed.mlp.up", "hidden embed", "hidden", 0),
+        *both(f"{block}mlp.fc2", "feed.mlp.down", "embed hidden"),
+        Entry(f"{head}probe", f"{ours}pool.probe", "1 1 norm"),
+        Entry(f"{head}attention.in_proj_weight", f"{ours}pool.qkv", "(three heads head) embed"),
+        Entry(f"{head}attention.in_proj_bias", f"{ours}pool.qkv_bias", "(three heads head)"),
+        *both(f"{head}attention.out_proj", f"{ours}pool.o", "embed (heads head)"),
+        *norm(f"{head}layernorm", f"{ours}pool.norm"),
+        *both(f"{head}mlp.fc1", f"{ours}pool.mlp.up", "hidden embed", "hidden", 0),
+        *both(f"{head}mlp.fc2", f"{ours}pool.mlp.down", "embed hidden"))
+
+
+CROSS, RESAMPLER = "model.gated_cross_attn_layers.{cross}.", "model.perceiver_resampler."
+DEPTH = RESAMPLER + "blocks.{depth}."
+IDEFICS = (
+    *(entry for entry in OUTSIDE if entry.here not in ("embedding", "head")), *ATTENTION, *DENSE,
+    *(Entry(f"{there}{part}.weight", here, "vocab embed", rows=rows)
+      for there, here, more in (("model.embed_tokens", "embedding", "embedding"), ("lm_head", "head", "fc"))
+      for part, rows in (("", "vocab_size"), (f".additional_{more}", "vocab_size additional_vocab_size"))),
+    *seeing("model.vision_model."),
+    *norm(CROSS + "input_layernorm", "norm"), *norm(CROSS + "post_attention_layernorm", "feed_norm"),
+    *attention(CROSS + "cross_attn."), *mlp(CROSS + "mlp.", "mlp."),
+    *(Entry(f"{CROSS}cross_attn.{x}_layer_norm.weight", f"attention.{x}_norm", "head") for x in "qk"),
+    *(Entry(CROSS + there, here, axes) for there, here in (("alpha_cross_attn", "gate"), ("alpha_dense", "feed_gate"))
+      for axes in ("one", "1 1 norm")), Entry(RESAMPLER + "latents", "vision.resampler.latents", "latent embed"),
+    *norm(RESAMPLER + "layer_norm", "vision.resampler.norm"), *attention(DEPTH + "0.", "output_proj"),
+    *norm(DEPTH + "0.context_layer_norm", "context_norm"), *norm(DEPTH + "0.latents_layer_norm", "norm"),
+    *(entry for x in "qk" for entry in both(f"{DEPTH}0.{x}_layer_norm", f"attention.{x}_norm", "head", "head")),
+    *norm(DEPTH + "1.ln", "feed_norm"), Entry(DEPTH + "1.fc.weight", "mlp.up", "hidden embed", 0),
+    Entry(DEPTH + "1.c_proj.weight", "mlp.down", "embed hidden"))
+
+
+class Family(NamedTuple):
     """`read` gives the fields of Model that differ from the common ones."""
 
     architecture: str
     entries: tuple[Entry, ...]
     read: Callable[[Reader], dict[str, Any]]
-    silent: Mapping[str, Any] = field(default_factory=dict)  # what it means that a config lacks a key, where not null
+    silent: Mapping[str, Any] = MappingProxyType({})  # what it means that a config lacks a key, where not null
 
-    def reader(self, published: Mapping[str, Any]) -> "Reader":
-        return Reader({**self.silent, **published})
+    def reader(self, published: Mapping[str, Any], inside: str = "") -> Reader:
+        return Reader({**self.silent, **published}, inside)
+
+    def encoder(self) -> bool:
+        """Whether its models are encoders of images alone."""
+        return self.read in (reading.clip, reading.siglip)
 
 
 def model_of(family: Family, read: Reader) -> Model:
     """Our model of a published config; what cannot be expressed is in `read.problems`."""
+    if family.encoder():
+        return Model(layers=0, **family.read(read))
     heads, width = read.require("num_attention_heads"), read.require("hidden_size")
     act = read("hidden_act", "silu")
     if act not in ACTIVATIONS:
         read.problems.append(f"hidden_act can be {', '.join(ACTIVATIONS)} here; config.json has {act!r}")
-    theta, scaling = rope(read)
-    fields = dict(
+    theta, scaling = reading.rope(read)
+    return Model(**dict(
         layers=read.require("num_hidden_layers"), pattern="D", d_model=width, heads=heads,
         kv_heads=read("num_key_value_heads", heads), head_dim=read("head_dim", width // heads),
         hidden=read.require("intermediate_size"), activation=ACTIVATIONS.get(act, "swiglu"),
         norm_eps=float(read("rms_norm_eps", 1e-6)), rope_theta=theta, rope_scaling=scaling,
-        vocab=read.require("vocab_size"), tied=bool(read("tie_word_embeddings", False)))
-    return Model(**fields | family.read(read))
+        vocab=read.require("vocab_size"), tied=read("tie_word_embeddings", False)) | family.read(read))
 
 
+MIXTRAL = {"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", (*OUTSIDE, *ATTENTION, *DENSE), llama),
-    "mistral": Family("MistralForCausalLM", (*OUTSIDE, *ATTENTION, *DENSE), mistral, {
+    "llama": Family("LlamaForCausalLM", (*OUTSIDE, *ATTENTION, *DENSE), reading.llama),
+    "mistral": Family("MistralForCausalLM", (*OUTSIDE, *ATTENTION, *DENSE), reading.mistral, {
         "num_key_value_heads": 8, "sliding_window": 4096}),
-    "mixtral": Family("MixtralForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), mixtral, {
-        "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
+    "mixtral": Family("MixtralForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), reading.mixtral, MIXTRAL),
     "qwen2_moe": Family("Qwen2MoeForCausalLM", (
-        *OUTSIDE, *ATTENTION, *DENSE, *QWEN_EXPERTS, *mlp("mlp.shared_expert.", "feed.shared."),
-        Entry(LAYER + "mlp.shared_expert_gate.weight", "feed.shared_gate", "one embed")), qwen2_moe,
+        *OUTSIDE, *ATTENTION, *DENSE, *QWEN_EXPERTS, *mlp(LAYER + "mlp.shared_expert.", "feed.shared."),
+        Entry(LAYER + "mlp.shared_expert_gate.weight", "feed.shared_gate", "one embed")), reading.qwen2_moe,
         {"num_key_value_heads": 16, "sliding_window": 4096}),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*OUTSIDE, *ATTENTION, *HEAD_NORMS, *DENSE, *QWEN_EXPERTS), qwen3_moe, {
-        "num_key_value_heads": 4, "sliding_window": 4096}),
-    "olmoe": Family("OlmoeForCausalLM", (*OUTSIDE, *ATTENTION, *WHOLE_NORMS, *QWEN_EXPERTS), olmoe, {
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*OUTSIDE, *ATTENTION, *HEAD_NORMS, *DENSE, *QWEN_EXPERTS),
+                        reading.qwen3_moe, {"num_key_value_heads": 4, "sliding_window": 4096}),
+    "olmoe": Family("OlmoeForCausalLM", (*OUTSIDE, *ATTENTION, *WHOLE_NORMS, *QWEN_EXPERTS), reading.olmoe, {
         "rms_norm_eps": 1e-5}),
-    "phimoe": Family("PhimoeForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), phimoe, {
-        "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5}),
+    "phimoe": Family("PhimoeForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), reading.phimoe, MIXTRAL),
     "granitemoe": Family("GraniteMoeForCausalLM", (
         *OUTSIDE, *ATTENTION, Entry(LAYER + "block_sparse_moe.router.layer.weight", "feed.router", "choice embed"),
         Entry(LAYER + "block_sparse_moe.input_linear.weight", "feed.up", "expert (gate hidden) embed"),
-        Entry(LAYER + "block_sparse_moe.output_linear.weight", "feed.down", "expert embed hidden")), granitemoe),
+        Entry(LAYER + "block_sparse_moe.output_linear.weight", "feed.down", "expert embed hidden")),
+        reading.granitemoe),
     "gpt_oss": Family("GptOssForCausalLM", (
-        *OUTSIDE, *ATTENTION, Entry(LAYER + "mlp.router.weight", "feed.router", "choice embed"),
-        Entry(LAYER + "mlp.router.bias", "feed.router_bias", "choice"),
+        *OUTSIDE, *ATTENTION, *both(LAYER + "mlp.router", "feed.router", "choice embed", "choice"),
         Entry(LAYER + "mlp.experts.gate_up_proj", "feed.up", "expert embed (hidden gate)"),
         Entry(LAYER + "mlp.experts.gate_up_proj_bias", "feed.up_bias", "expert (hidden gate)"),
         Entry(LAYER + "mlp.experts.down_proj", "feed.down", "expert hidden embed"),
-        Entry(LAYER + "mlp.experts.down_proj_bias", "feed.down_bias", "expert norm")), gpt_oss, {
+        Entry(LAYER + "mlp.experts.down_proj_bias", "feed.down_bias", "expert norm")), reading.gpt_oss, {
             "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "rope_theta": 150_000.0,
             "rms_norm_eps": 1e-5}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (
-        *OUTSIDE, *LATENT, *DENSE, *QWEN_EXPERTS, *mlp("mlp.shared_experts.", "feed.shared."),
-        Entry(LAYER + "mlp.gate.e_score_correction_bias", "feed.bias", "choice")), deepseek_v3),
+        *OUTSIDE, *LATENT, *DENSE, *QWEN_EXPERTS, *mlp(LAYER + "mlp.shared_experts.", "feed.shared."),
+        Entry(LAYER + "mlp.gate.e_score_correction_bias", "feed.bias", "choice")), reading.deepseek_v3),
+    "clip_vision_model": Family("CLIPVisionModel", seeing("vision_model."), reading.clip, reading.CLIP),
+    "siglip_vision_model": Family("SiglipVisionModel", seeing("vision_model."), reading.siglip, reading.SIGLIP),
+    "idefics": Family("IdeficsForVisionText2Text", IDEFICS, reading.idefics, {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32}),
 }
+WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # with a half that reads, which is left out
 
 
 def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
-    """A config.json of this family for a model: what reading it back gives says how far the family can express it.
-
-    Args:
-        longest: tokens of a sequence, for max_position_embeddings.
+    """A config.json of this family for a model, and sequences of `longest` tokens at most: what reading it back gives
+    says how far the family can express it.
     """
     moe, kinds, shared = model.moe, model.layer_kinds(), model.moe.shared
     first = kinds.index("M") if "M" in kinds else len(kinds)
@@ -186,23 +203,21 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
     scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
     kind, numbers = model.rope()
     longest = int(numbers["original"]) if kind == "dynamic" else longest
-    one_width = "M" in kinds and family.read in (mixtral, olmoe, phimoe, granitemoe, gpt_oss)
+    one_width = "M" in kinds and family.read in reading.ONE_WIDTH
     every = {
         "hidden_size": model.d_model, "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads, "head_dim": latent_[2], "vocab_size": model.vocab,
         "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied, "max_position_embeddings": longest,
         "hidden_act": next((name for name, ours in ACTIVATIONS.items() if ours == model.activation), "silu"),
         "rope_parameters": rope_parameters(model), "intermediate_size": moe.hidden if one_width else model.hidden,
-        "sliding_window": model.window, "use_sliding_window": model.window is not None,
-        "max_window_layers": model.layers,
-        "layer_types": ["sliding_attention" if letter.islower() else "full_attention"
-                        for letter in model.layer_letters()],
+        "sliding_window": model.window, "use_sliding_window": bool(model.window), "max_window_layers": model.layers,
+        "layer_types": [reading.SLIDES if letter.islower() else reading.FULL for letter in model.layer_letters()],
         "attention_bias": "output" in model.biases, "qkv_bias": "qkv" in model.biases,
         "mlp_bias": "mlp" in model.biases, "lm_head_bias": "head" in model.biases,
         "num_local_experts": moe.experts, "num_experts": moe.experts, "n_routed_experts": moe.experts,
         "num_experts_per_tok": moe.active, "moe_intermediate_size": moe.hidden, "norm_topk_prob": moe.renormalise,
         "router_aux_loss_coef": moe.balance_loss, "input_jitter_noise": moe.jitter,
-        "router_jitter_noise": moe.mixer_gap if family.read is phimoe else moe.jitter,
+        "router_jitter_noise": moe.mixer_gap if family.read is reading.phimoe else moe.jitter,
         "shared_expert_intermediate_size": shared, "n_shared_experts": shared // moe.hidden,
         "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "D"], "decoder_sparse_step": 1,
         "first_k_dense_replace": first, "n_group": moe.expert_groups, "topk_group": moe.active_groups,
@@ -211,10 +226,33 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
         "rope_interleave": True, "clip_qkv": model.qkv_limit, "swiglu_alpha": model.clamp[0],
         "swiglu_limit": model.clamp[1], "embedding_multiplier": scale[0], "residual_multiplier": scale[1],
         "attention_multiplier": scale[2] or model.head_dim**-0.5, "logits_scaling": 1 / scale[3]}
-    read = family.reader(every)
+    read = family.reader(every := every | sight(model, family))
     model_of(family, read)
     asked = read.asked | ({"rope_interleave"} if model.latent else set())
     return {key: value for key, value in every.items() if key in asked}
+
+
+def sight(model: Model, family: Family) -> dict[str, Any]:
+    """What a config.json says of images."""
+    told, look, letters = model.encoder(), model.looks(), model.layer_letters()
+    found = {} if told is None else {
+        "hidden_size": told.width, "intermediate_size": told.hidden, "num_hidden_layers": told.layers,
+        "num_attention_heads": told.heads, "num_channels": 3, "image_size": told.size, "patch_size": told.patch,
+        "hidden_act": next(name for name, ours in ENCODER_ACTIVATIONS.items() if ours == told.act),
+        "layer_norm_eps": told.eps, "vision_use_head": bool(told.pool)}
+    if family.encoder():
+        return found
+    if family.read is not reading.idefics or told is None or look is None:
+        return {}
+    crossed = [i for i, letter in enumerate(letters) if letter in CROSSED]
+    perceiver = {} if not look.latents else {
+        "resampler_n_latents": look.latents, "resampler_depth": look.depth, "resampler_n_heads": look.heads,
+        "resampler_head_dim": look.head, "qk_layer_norms_perceiver": look.latent_norm == "head"}
+    found = {"embed_dim" if key == "hidden_size" else key: found[key] for key in found if key != "vision_use_head"}
+    return {"additional_vocab_size": 0, "vision_config": found, "perceiver_config": perceiver,
+            "cross_layer_interval": crossed[1] if len(crossed) > 1 else model.layers,
+            "alpha_type": "vector" if look.gate == "vector" else "float", "qk_layer_norms": look.norm == "head",
+            "use_resampler": look.latents > 0}
 
 
 def rope_parameters(model: Model) -> dict[str, Any]:
@@ -230,23 +268,34 @@ def unlike(model: Model, other: Model) -> list[str]:
     """The fields in which two models compute something else, in words."""
     def plain(model: Model) -> dict[str, Any]:
         kinds, moe = model.layer_kinds(), asdict(model.moe)
-        found = asdict(model) | {"pattern": model.layer_letters(), "moe": None, "biases": sorted(model.biases)}
+        told, look = model.encoder(), model.looks()
+        seen = {"vision": told and told.kind, "cross": look and look.kind}
+        if told:  # how pixels are made ready is said elsewhere
+            seen |= {f"vision.{name}": it for name, it in vars(told).items() if name not in ("fit", "mean", "std")}
+            seen |= {"vision.grid": told.grid or told.size // told.patch,
+                     "vision.pool": told.pool and told.kind == "siglip"}
+        if look:
+            inner = () if look.latents else ("depth", "heads", "head", "latent_norm")
+            seen |= {f"cross.{name}": value for name, value in vars(look).items() if name not in inner}
+        if not model.layers:
+            return {"layers": 0} | seen
+        found = asdict(model) | {"pattern": model.layer_letters(), "moe": None, "biases": sorted(model.biases)} | seen
         kind, numbers = model.rope()
         if kind == "yarn":  # what it is where it is not said
             numbers = {"fast": 32, "slow": 1, "truncate": 1, "attention": yarn_factor(numbers["factor"])} | numbers
-        found["rope_scaling"] = (kind, sorted(numbers.items()))
-        found["multipliers"] = model.multipliers or (1.0, 1.0, 0.0, 1.0)
-        found["multipliers"] = tuple(round(x or model.head_dim**-0.5, 12) for x in found["multipliers"])
-        unused = {"hidden": "D" not in kinds, "window": found["pattern"] == kinds,
+        scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
+        found |= {"rope_scaling": (kind, sorted(numbers.items())),
+                  "multipliers": tuple(round(x or model.head_dim**-0.5, 12) for x in scale)}
+        unused = {"hidden": not set(found["pattern"].upper()) & set("DVW"), "window": found["pattern"].isupper(),
                   "clamp": model.activation != "clamped_swiglu", "kv_heads": bool(model.latent)}
         of_training = ("group", "capacity_factor", "priority", "jitter", "balance_loss", "balance_scope", "z_loss",
                        "bias_rate", "dispatcher")
         if "M" in kinds:
-            unused |= {"moe." + name: True for name in of_training}
-            unused["moe.mixer_gap"] = model.moe.router != "sparsemixer"
-            unused["moe.softmax"] = model.moe.router != "topk"
-            unused["moe.renormalise"] = model.moe.router in ("sparsemixer", "expert_choice")
-            if model.moe.router == "topk" and moe["softmax"] == "after":  # the same as choosing after the softmax
+            router = model.moe.router
+            unused |= {"moe." + name: True for name in of_training} | {
+                "moe.mixer_gap": router != "sparsemixer", "moe.softmax": router != "topk",
+                "moe.renormalise": router in ("sparsemixer", "expert_choice")}
+            if router == "topk" and moe["softmax"] == "after":  # the same as choosing after the softmax
                 moe |= {"softmax": "before", "renormalise": True}
             found |= {f"moe.{name}": value for name, value in moe.items()}
         return {name: value for name, value in found.items() if not unused.get(name)}

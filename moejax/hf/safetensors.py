@@ -7,7 +7,7 @@ copies every slice first.
 import json
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +64,7 @@ class File:
     def view(self, name: str) -> np.ndarray:
         """The tensor, in the mapped file."""
         one = self.tensors[name]
-        return np.frombuffer(self.map, np.uint8, one.end - one.begin, one.begin).view(DTYPES[one.dtype]).reshape(
-            one.shape)
+        return np.ndarray(one.shape, DTYPES[one.dtype], self.map, one.begin)
 
     def leave(self, name: str) -> None:
         """The tensor's pages need not stay in this process's memory."""
@@ -78,8 +77,7 @@ class File:
 def header(one: dict[str, Any], start: int) -> Header:
     """Of one tensor, from what the file says of it.  Raises ValueError, KeyError or TypeError."""
     (begin, end), dtype, shape = one["data_offsets"], one["dtype"], one["shape"]
-    counts = [begin, end, *shape]
-    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in counts):
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
         raise ValueError(f"a tensor has a dtype, a shape and two offsets; got {one}")
     return Header(dtype, tuple(shape), start + begin, start + end)
 
@@ -99,13 +97,13 @@ def write(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], get: C
             file.write(np.ascontiguousarray(get(name).astype(DTYPES[dtype])).view(np.uint8).data)
 
 
-def shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+def shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     """The names in order, at most so many bytes, or one, at a time."""
-    some, total = [], 0
+    found, total = [[]], 0
     for name, size in sizes.items():
-        if some and total + size > most:
-            yield some
-            some, total = [], 0
-        some.append(name)
+        if found[-1] and total + size > most:
+            found.append([])
+            total = 0
+        found[-1].append(name)
         total += size
-    yield some
+    return found

@@ -1,4 +1,4 @@
-"""Causal self-attention: multi-head, grouped-query, multi-query and latent, in one layout.
+"""Attention: causal (multi-head, grouped-query, multi-query and latent) and at images, in one layout.
 
 Heads are ordered (kv, group), so that a tensor shard holds whole groups, or, with fewer KV heads than shards, part
 of one group and the one KV head it needs.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from moejax import config as configs
 from moejax.model.cache import Cache
@@ -50,10 +50,12 @@ class Look:
 
 
 class Attention(nnx.Module):
-    def __init__(self, w: Weights, model: configs.Model, window: int | None = None):
+    """`source` makes the weights of keys and values where these come from something of another width."""
+
+    def __init__(self, w: Weights, model: configs.Model, window: int | None = None, source: Weights | None = None):
         self.q = w("embed -> heads head")
-        self.k = w("embed -> kv head")
-        self.v = w("embed -> kv head")
+        self.k = (source or w)("embed -> kv head")
+        self.v = (source or w)("embed -> kv head")
         self.o = w("heads head -> embed")
         biased = "qkv" in model.biases
         self.q_bias, self.k_bias, self.v_bias = (
@@ -62,6 +64,8 @@ class Attention(nnx.Module):
         self.sinks = w("heads", 0.0) if "sinks" in model.biases else None
         axes = {"none": None, "head": ("head", "head"), "all": ("heads head", "kv head")}[model.qk_norm]
         self.q_norm, self.k_norm = (w(axes[0], 1.0), w(axes[1], 1.0)) if axes else (None, None)
+        biased = model.qk_norm == "head" and "norm" in model.biases
+        self.q_norm_bias, self.k_norm_bias = (w("head", 0.0), w("head", 0.0)) if biased else (None, None)
         self.model, self.window = model, window
 
     def __call__(
@@ -75,26 +79,44 @@ class Attention(nnx.Module):
         y, cache = attend(q, k, v, positions, look(self.model, self.window, sinks), cache)
         return leave(y, self.o, self.o_bias, run), cache
 
+    def look(
+        self, x: Float[Array, "B t D"], run: Pass, context: Float[Array, "B S W"] | None = None,
+        seen: Bool[Array, " B #T S"] | None = None,
+    ) -> Float[Array, "B t D"]:
+        """x looks at all of a context, without order; at itself by default.  What sees nothing gets zeros."""
+        x = collectives.enter(x, run.sequence)
+        q, k, v = self.project(x, run, x if context is None else collectives.enter(context, False))
+        return leave(whole(q, k, v, seen), self.o, self.o_bias, run, seen)
+
     def project(
-        self, x: Float[Array, "B T D"], run: Pass
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        self, x: Float[Array, "B T D"], run: Pass, context: Float[Array, "B S W"] | None = None
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Queries of x, keys and values of the context, which are not turned then; of x by default."""
+        k_bias = None if self.k_bias is None else self.k_bias[...]
+        if context is None:
+            context = x
+        elif k_bias is not None:  # the same for all scores of a query, it changes nothing: its gradient is rounding
+            k_bias = lax.stop_gradient(k_bias)
         q = plus(jnp.einsum("btd,dnh->btnh", x, use(self.q, run.dtype)), self.q_bias)
         if self.model.qk_norm == "all":  # the norm of the keys needs all of them
-            k = plus(jnp.einsum("btd,dkh->btkh", x, use(self.k, run.dtype)), self.k_bias)
+            k = plus(jnp.einsum("btd,dkh->btkh", context, use(self.k, run.dtype)), self.k_bias)
             q, k = self.norm_all(q, self.q_norm, "heads"), self.norm_all(k, self.k_norm, "kv")
             k = self.own(k, 2)
         else:
-            k = jnp.einsum("btd,dkh->btkh", x, self.own(use(self.k, run.dtype), 1))
-            k = k if self.k_bias is None else k + self.own(self.k_bias[...].astype(k.dtype), 0)[None, None]
-        v = jnp.einsum("btd,dkh->btkh", x, self.own(use(self.v, run.dtype), 1))
+            k = jnp.einsum("btd,dkh->btkh", context, self.own(use(self.k, run.dtype), 1))
+            k = k if self.k_bias is None else k + self.own(k_bias.astype(k.dtype), 0)[None, None]
+        v = jnp.einsum("btd,dkh->btkh", context, self.own(use(self.v, run.dtype), 1))
         v = v if self.v_bias is None else v + self.own(self.v_bias[...].astype(v.dtype), 0)[None, None]
         if self.model.qk_norm == "head":
-            q, k = (self.norm_heads(y, scale) for y, scale in ((q, self.q_norm), (k, self.k_norm)))
+            q = self.norm_heads(q, self.q_norm, self.q_norm_bias)
+            k = self.norm_heads(k, self.k_norm, self.k_norm_bias)
         limit = self.model.qkv_limit
         return (q, k, v) if limit is None else tuple(jnp.clip(y, -limit, limit) for y in (q, k, v))
 
-    def norm_heads(self, x: Float[Array, "B T N H"], scale: Any) -> Float[Array, "B T N H"]:
-        return (rms(x.astype(jnp.float32), self.model.norm_eps) * scale[...][None, None, None]).astype(x.dtype)
+    def norm_heads(self, x: Float[Array, "B T N H"], scale: Any, bias: Any) -> Float[Array, "B T N H"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, -1, keepdims=True) if self.model.norm == "layernorm" else y
+        return plus(rms(y, self.model.norm_eps) * scale[...][None, None, None], bias).astype(x.dtype)
 
     def norm_all(self, x: Float[Array, "B T N H"], scale: Any, kind: str) -> Float[Array, "B T N H"]:
         """RMSNorm over all heads, which the tensor shards may share."""
@@ -113,6 +135,13 @@ class Attention(nnx.Module):
             return w  # split over `tensor` like the queries
         head = collectives.index("tensor") * self.model.kv_heads // shards
         return lax.dynamic_slice_in_dim(w, head, 1, dim)
+
+
+class Everywhere(Attention):
+    """Of an encoder: everything sees everything."""
+
+    def __call__(self, x: Float[Array, "B t D"], positions: None, run: Pass, cache: None = None) -> tuple[Array, None]:
+        return self.look(x, run), None
 
 
 class LatentAttention(nnx.Module):
@@ -171,11 +200,28 @@ def attend(
     return plain(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), positions, look), cache
 
 
-def leave(y: Float[Array, "B T N H"], o: Any, bias: Any, run: Pass) -> Float[Array, "B t D"]:
+def leave(
+    y: Float[Array, "B T N H"], o: Any, bias: Any, run: Pass, seen: Bool[Array, " B #T S"] | None = None
+) -> Float[Array, "B t D"]:
     y = jnp.einsum("btnh,nhd->btd", y, use(o, run.dtype))
     if bias is not None:
         y = y + collectives.once(bias[...].astype(y.dtype))[None, None]
+    if seen is not None:
+        y = jnp.where(jnp.any(seen, -1, keepdims=True), y, 0)
     return collectives.leave(y, run.sequence)
+
+
+def whole(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+    seen: Bool[Array, " B #T S"] | None,
+) -> Float[Array, "B T N H"]:
+    """Attention without order; where nothing is seen, a mean that is to be left out."""
+    batch, length, heads, size = q.shape
+    q = q.reshape(batch, length, k.shape[2], -1, size)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * size**-0.5
+    scores = scores if seen is None else jnp.where(seen[:, None, None], scores, -1e30)
+    p = jax.nn.softmax(scores, -1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, size)
 
 
 def plain(

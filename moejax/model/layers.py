@@ -54,6 +54,19 @@ def gelu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
     return jax.nn.gelu(h[..., 0, :], approximate=True)
 
 
+def gelu_exact(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
+    return jax.nn.gelu(h[..., 0, :], approximate=False)
+
+
+def quick_gelu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
+    """CLIP's approximation by a sigmoid."""
+    return h[..., 0, :] * jax.nn.sigmoid(1.702 * h[..., 0, :])
+
+
+def relu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
+    return jax.nn.relu(h[..., 0, :])
+
+
 def swiglu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
     """arXiv 2002.05202: SiLU of the first gate times the second."""
     return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
@@ -70,7 +83,8 @@ def clamped_swiglu(h: Float[Array, "... U F"], slope: float, limit: float) -> Fl
 
 
 ACTIVATIONS: dict[str, Callable[..., Array]] = {
-    "gelu": gelu, "swiglu": swiglu, "geglu": geglu, "clamped_swiglu": clamped_swiglu}
+    "gelu": gelu, "gelu_exact": gelu_exact, "quick_gelu": quick_gelu, "relu": relu, "swiglu": swiglu, "geglu": geglu,
+    "clamped_swiglu": clamped_swiglu}
 
 
 @cache

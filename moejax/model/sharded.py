@@ -1,7 +1,7 @@
 """A model on a mesh: where its weights lie, how they start, and how a function of one device becomes a program."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
 
 from moejax import config as configs
 from moejax.model import transformer, weights
@@ -30,28 +29,33 @@ class Sharded:
         variables = weights.flatten(self.module)
         self.axes = {name: variable.axes for name, variable in variables.items()}
         self.shapes = {name: variable.shape for name, variable in variables.items()}
-        self.trainable = weights.trainable(self.module)
-        self.stages = Stages(config) if mesh.shape["pipeline"] > 1 else None
+        self.learned = weights.trainable(self.module)
+        # Nothing is learned of images where there are none.
+        frozen = {*config.train.freeze, *(() if config.data.images else ("cross", "encoder", "resampler"))}
+        self.trainable = {name: learned and weights.group(name) not in frozen for name, learned in self.learned.items()}
+        self.stages = Stages(config) if mesh.shape["pipeline"] > 1 and config.model.layers else None
         place = self.stages.spec if self.stages else lambda name, *args: axes.spec(*args)
-        self.specs = {name: place(name, self.axes[name], self.shapes[name], dict(mesh.shape)) for name in self.axes}
+        sizes = dict(mesh.shape) if self.stages else dict(mesh.shape) | {"pipeline": 1}
+        self.specs = {name: place(name, self.axes[name], self.shapes[name], sizes) for name in self.axes}
 
     @property
     def shardings(self) -> dict[str, NamedSharding]:
         return {name: NamedSharding(self.mesh, spec) for name, spec in self.specs.items()}
 
-    def init(self, seed: int) -> dict[str, Array]:
-        """Fresh weights, the same on every mesh."""
+    def init(self, seed: int, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Fresh weights, the same on every mesh: all, or those of these names."""
+        places = {name: place for name, place in self.shardings.items() if names is None or name in names}
 
         def make() -> dict[str, Array]:
             made = weights.flatten(Transformer(self.config.model, jax.random.key(seed)))
-            return {name: variable[...] for name, variable in made.items()}
+            return {name: made[name][...] for name in places}
 
-        return jax.jit(make, out_shardings=self.shardings)()
+        return jax.jit(make, out_shardings=places)()
 
     def parameters(self) -> tuple[int, int]:
-        """How many are trained: all, and those that work on a token."""
+        """How many there are: all, and those that work on a token."""
         moe, count, active = self.config.model.moe, 0, 0
-        for name in filter(self.trainable.get, self.shapes):
+        for name in filter(self.learned.get, self.shapes):
             shape = self.shapes[name]
             size = math.prod(shape)
             count += size
@@ -72,14 +76,16 @@ class Sharded:
                        "remat": self.config.train.remat} | changes)
 
     @cached_property
-    def forward(self) -> Callable[[dict[str, Array], Int[Array, "B T"]], Output]:
-        """Logits, hidden states and routings of tokens as in evaluation; B a multiple of the batch shards."""
+    def forward(self) -> Callable[..., Output]:
+        """(weights, tokens "B T", images or None) -> logits, hidden states and routings as in evaluation; B a multiple
+        of the batch shards.
+        """
         rows = axes.rows(self.mesh.shape)
         stacked = P(None, *rows)
 
-        def device(values: dict[str, Array], tokens: Array) -> Output:
+        def device(values: dict[str, Array], tokens: Array, images: Any) -> Output:
             model, run = self.build(values), self.run(sequence=False, remat="none")
-            output, _ = model(tokens, run)
+            output, _ = model(tokens, run, sight=model.see(images, run))
             losses = output.losses and Losses(*collectives.mean(output.losses[:3]),
                                               *collectives.total(output.losses[3:], axes.BATCH))
             return output._replace(logits=model.logits(output.hidden, run), losses=losses)
@@ -87,21 +93,38 @@ class Sharded:
         experts = "M" in self.config.model.layer_kinds()
         out = Output(P(*rows, None, "tensor"), rows, Routing(*[stacked] * 4) if experts else None,
                      Losses(*[P()] * 5) if experts else None)
-        return jax.jit(self.program(device, (rows,), out))
+        program = jax.jit(self.program(device, (rows, rows), out))
+        return lambda values, tokens, images=None: program(values, tokens, images)
 
     def flops_per_token(self) -> float:
         """Matmul FLOPs of one token's forward pass: counted from the weights, and from the causal half of attention."""
         model, moe = self.config.model, self.config.model.moe
         count = 0.0
         for name, text in self.axes.items():
-            if "->" in text and not text.startswith("vocab"):
+            if "->" in text and not text.startswith("vocab") and self.rows_per_token(name):
                 share = moe.active / moe.experts if "expert" in axes.names(text) else 1
-                count += 2 * share * math.prod(self.shapes[name])
+                count += 2 * share * math.prod(self.shapes[name]) * self.rows_per_token(name)
         if model.tied:
             count += 2 * model.vocab * model.d_model
         sizes = model.head_dim + (model.latent[3] if model.latent else model.head_dim)
         return count + sum(2 * model.heads * sizes * keys(self.config.data.sequence, letter.islower() and model.window)
                            for letter in model.layer_letters())
+
+
+    def rows_per_token(self, name: str) -> float:
+        """How many rows a matrix multiplies for a token of text: of images as many as a sequence can have."""
+        group, images, told = weights.group(name), self.config.data.images, self.config.model.encoder()
+        if group == "text" or not images:
+            return float(group == "text")
+        rules = self.config.model.looks()
+        patches = images * rules.frames * ((told.size // told.patch) ** 2 + (told.kind == "clip"))
+        latents, tokens = images * rules.latents, self.config.data.sequence
+        source = name.endswith((".attention.k", ".attention.v"))
+        if group == "cross":
+            return (latents or patches) / tokens if source else 1.0
+        if group == "encoder":
+            return patches / tokens
+        return (latents + patches * source) / tokens
 
 
 def keys(tokens: int, window: int | bool | None) -> float:

@@ -6,7 +6,7 @@ slot, the slot is left out and its weights are zeros.  Training state keeps the 
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from moejax.config import Config, Mesh
 from moejax.model import transformer, weights
+from moejax.model.cross import Sight
 from moejax.model.layers import Pass
 from moejax.model.router import Losses, Routing
 from moejax.model.transformer import Transformer
@@ -48,9 +49,10 @@ class Stages:
             numbers[part, places(layers, line)] = np.arange(ends[part], ends[part + 1])
         self.numbers = numbers.reshape(self.chunks, self.stages, -1).swapaxes(0, 1)
         self.model = transformer.cut(model, line)
-        self.module = transformer.abstract(self.model)
+        self.module = transformer.abstract(self.model, tower=False)
+        self.tower = transformer.abstract(model).vision
         self.complete = bool(np.all(numbers >= 0))
-        self.moe_slots = [slot for slot, kind in enumerate(line) if kind in "Mm"]
+        self.moe_slots = [slot for slot in range(len(line)) if self.model.layer_kinds()[slot] == "M"]
         self.splits: dict[str, int | None] = {}
         self.homes = self.find_homes(transformer.stacks(model))
 
@@ -89,9 +91,28 @@ class Stages:
                 stack = [values[source + suffix] for source in home.sources]
                 rows = self.fetch(stack, home, self.splits.get(name))
                 local[prefix + suffix] = rows.reshape(self.chunks, -1, *rows.shape[1:])
-        shared = {name: value for name, value in values.items() if not name.startswith("runs.")}
-        return local, {name: value if self.splits[name] is None else collectives.from_stages(value, self.splits[name])
-                       for name, value in shared.items()}
+        return local, {name: self.whole(name, value) for name, value in values.items()
+                       if not name.startswith(("runs.", "vision."))}
+
+    def whole(self, name: str, value: Array) -> Array:
+        dim = self.splits[name]
+        return value if dim is None else collectives.from_stages(value, dim)
+
+    def see(self, values: dict[str, Array], images: Any, run: Pass) -> Float[Array, "B I O W"]:
+        """What the images of this device's sequences give to look at: every stage does its share of them."""
+        tower = weights.assemble(self.tower, {name.removeprefix("vision."): self.whole(name, value)
+                                              for name, value in values.items() if name.startswith("vision.")})
+        batch, count = images.frames.shape
+        share = -(-batch * count // self.stages)
+
+        def mine(x: Array) -> Array:
+            x = x.reshape(-1, 1, *x.shape[2:])
+            x = jnp.pad(x, [(0, share * self.stages - len(x)), *[(0, 0)] * (x.ndim - 1)])
+            return lax.dynamic_slice_in_dim(x, collectives.index("pipeline") * share, share)
+
+        found, _ = tower(mine(images.pixels), mine(images.frames), run)
+        found = collectives.from_stages(found.astype(jnp.float32), 0)[:batch * count]
+        return found.reshape(batch, count, *found.shape[2:])
 
     def fetch(self, stack: list[Array], home: Home, dim: int | None) -> Array:
         if home.in_place:
@@ -108,14 +129,22 @@ class Stages:
         return weights.assemble(self.module, part | shared)
 
     def run(
-        self, part: dict[str, Array], shared: dict[str, Array], x: Float[Array, "B t D"], run: Pass, c: Array
+        self, part: dict[str, Array], shared: dict[str, Array], x: Float[Array, "B t D"], run: Pass, c: Array,
+        images: Any,
     ) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None]:
-        """x through the layers of chunk c of this stage; the decisions per MoE slot."""
+        """x through the layers of chunk c of this stage; the decisions per MoE slot.  `part` has what is to be seen of
+        the images.
+        """
         numbers = jnp.asarray(self.numbers, jnp.int32)[collectives.index("pipeline"), c]
         tokens = x.shape[1] * (lax.axis_size("tensor") if run.sequence else 1)
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (x.shape[0], tokens))
         present = None if self.complete else numbers >= 0
-        x, found, _ = self.build(part, shared).layers(x, positions, run, None, numbers, present)
+        sight = None
+        if images is not None:
+            values = part["sight"]
+            there = self.tower.there(images.frames, values.shape[2], images.pixels.shape[2])
+            sight = Sight(values, there, images.looks)
+        x, found, _ = self.build(part, shared).layers(x, positions, run, None, numbers, present, sight)
         return x, found
 
     def of_layers(self, figures: Array) -> Array:

@@ -11,15 +11,14 @@ from jaxtyping import Bool, Float, Int
 
 from moejax import config as configs
 from moejax.model import cache as caches
-from moejax.model.attention import Attention, LatentAttention
+from moejax.model.block import Block, scan_blocks
 from moejax.model.cache import Cache
-from moejax.model.layers import DenseLayer, Norm, Pass
-from moejax.model.moe import MoELayer
+from moejax.model.cross import Sight
+from moejax.model.layers import Norm, Pass
 from moejax.model.router import Losses, Routing
+from moejax.model.vision import Tower
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
-
-FEEDS = {"M": MoELayer, "D": DenseLayer}  # by the letters of Model.pattern
 
 
 class Output(NamedTuple):
@@ -31,55 +30,44 @@ class Output(NamedTuple):
     losses: Losses | None
 
 
-class Block(nnx.Module):
-    """Attention and feed-forward, each added to what flows past (pre-norm)."""
-
-    def __init__(self, w: Weights, model: configs.Model, kind: str):
-        self.attention_norm = Norm(w, model)
-        attention = LatentAttention if model.latent else Attention
-        self.attention = attention(w, model, model.window if kind.islower() else None)
-        self.feed_norm = Norm(w, model)
-        self.feed = FEEDS[kind.upper()](w, model)
-        self.scale = model.multipliers[1] if model.multipliers else 1.0
-
-    def __call__(self, x: Array, positions: Array, run: Pass, cache: Cache | None) -> tuple[Array, Cache | None, Any]:
-        y, cache = self.attention(self.attention_norm(x), positions, run, cache)
-        x = x + (y if self.scale == 1 else y * self.scale)
-        y, decisions = self.feed(self.feed_norm(x), run)
-        return x + (y if self.scale == 1 else y * self.scale), cache, decisions
-
-
 class Transformer(nnx.Module):
-    """Weights are stacked by runs of equal layers, and each run is one `lax.scan`: depth costs no compile time."""
+    """Weights are stacked by runs of equal layers, and each run is one `lax.scan`: depth costs no compile time.
 
-    def __init__(self, model: configs.Model, key: Array):
-        w = Weights(model, key)
-        self.embedding = w("vocab -> embed")
+    A model of images has a `vision` tower too, unless it is left out; one without layers has nothing else.
+    """
+
+    def __init__(self, model: configs.Model, key: Array, tower: bool = True):
+        w, at = Weights(model, key), stacks(model)
+        text = model.layers > 0
+        self.embedding = w("vocab -> embed") if text else None
         self.runs = nnx.List([
-            nnx.List([Block(w.layers(repeats), model, kind) for kind in unit]) for unit, repeats in runs(model)])
-        self.norm = Norm(w, model)
-        self.head = None if model.tied else w("embed -> vocab")
-        self.head_bias = w("vocab", 0.0) if "head" in model.biases else None
+            nnx.List([Block(w.layers(at[f"runs.{number}.{i}"]), model, letter) for i, letter in enumerate(unit)])
+            for number, (unit, _) in enumerate(runs(model))])
+        self.norm = Norm(w, model) if text else None
+        self.head = w("embed -> vocab") if text and not model.tied else None
+        self.head_bias = w("vocab", 0.0) if text and "head" in model.biases else None
+        self.vision = Tower(w, model) if model.vision and tower else None
         self.model = model
 
     def __call__(
         self, tokens: Int[Array, "B T"], run: Pass, positions: Int[Array, "B T"] | None = None,
-        cache: list[list[Cache]] | None = None,
+        cache: list[list[Cache]] | None = None, sight: Sight | None = None,
     ) -> tuple[Output, list[list[Cache]] | None]:
         """Hidden states after the last norm, and every routing; logits are `self.logits(hidden)`.
 
-        With a cache (from `self.cache`), tokens continue each sequence at `positions`.
+        With a cache (from `self.cache`), tokens continue each sequence at `positions`.  What the tokens can look at
+        comes from `self.see(images, run)`.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x, found, caches_out = self.layers(self.embed(tokens, run), positions, run, cache)
+        x, found, caches_out = self.layers(self.embed(tokens, run), positions, run, cache, sight=sight)
         routing, losses = found or (None, None)
         return Output(None, self.norm(x), routing, losses), caches_out if cache is not None else None
 
     def layers(
         self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass,
         cache: list[list[Cache]] | None = None, numbers: Int[Array, " L"] | None = None,
-        present: Bool[Array, " L"] | None = None,
+        present: Bool[Array, " L"] | None = None, sight: Sight | None = None,
     ) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None, list[list[Cache | None]]]:
         """All blocks, one after another: x, the decisions of the MoE layers stacked in their order, the caches.
 
@@ -94,11 +82,17 @@ class Transformer(nnx.Module):
             old = cache[number] if cache is not None else [None] * len(unit)
             here = slice(first, first + len(unit) * repeats)
             which = [None if each is None else each[here].reshape(repeats, -1) for each in (numbers, present)]
-            x, (new, found) = scan_blocks(list(blocks), x, positions, run, old, *which)
+            x, (new, found) = scan_blocks(list(blocks), x, positions, run, old, *which, sight)
             first = here.stop
             caches_out.append(new)
             decisions += [found] if found is not None else []
         return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *decisions) if decisions else None, caches_out
+
+    def see(self, images: Any, run: Pass) -> Sight | None:
+        """What tokens can look at, of the images of a batch (data/batch.py), if it has any."""
+        if images is None:
+            return None
+        return Sight(*self.vision(images.pixels, images.frames, run), images.looks)
 
     def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Float[Array, "B t D"]:
         """Each tensor shard looks up the tokens of its part of the vocabulary; the rest are zero and summed away."""
@@ -140,52 +134,6 @@ class Transformer(nnx.Module):
                 for unit, repeats in runs(self.model)]
 
 
-def scan_blocks(
-    blocks: list[Block], x: Array, positions: Array, run: Pass, cache: list[Cache | None], numbers: Array,
-    present: Array | None,
-) -> tuple[Array, tuple[list[Cache | None], Any]]:
-    """Stacked blocks, one after another, repeated along their stack.
-
-    Args:
-        numbers, present: of every layer, [repeats, len(blocks)], as in Transformer.layers.
-    Returns: x, (the caches, the decisions of the MoE layers stacked in layer order or None).
-    """
-    parts = [nnx.split(block) for block in blocks]
-
-    def body(x: Array, inputs: Any) -> tuple[Array, Any]:
-        states, cache, numbers, present = inputs
-        out = []
-        for i, (graph, _) in enumerate(parts):
-            here = run if run.key is None else replace(run, key=jax.random.fold_in(run.key, numbers[i]))
-
-            def block(x: Array, graph: Any = graph, state: Any = states[i], here: Pass = here, i: int = i) -> Any:
-                return nnx.merge(graph, state)(x, positions, here, cache[i])
-
-            x, new, decisions = block(x) if present is None else collectives.only_if(
-                present[i], block, lambda x, kind: (x, *collectives.zeros(kind[1:])), x)
-            out.append((new, decisions))
-        return x, ([new for new, _ in out], [found for _, found in out if found is not None])
-
-    x, (cache, found) = lax.scan(remat(body, run.remat), x, ([state for _, state in parts], cache, numbers, present))
-    if not found:
-        return x, (cache, None)
-    # [repeats] of each block of the unit, to layer order
-    joined = jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]), *found)
-    return x, (cache, joined)
-
-
-def remat(body: Any, policy: str) -> Any:
-    """What the backward pass finds saved: everything, all but weights made ready for use (`weights`), the matmuls'
-    outputs (`dots`), or only the layer's input (`full`).
-    """
-    if policy == "none":
-        return body
-    policies = jax.checkpoint_policies
-    keep = {"weights": policies.save_anything_except_these_names("weight"),
-            "dots": policies.dots_with_no_batch_dims_saveable, "full": None}
-    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
-
-
 def runs(model: configs.Model) -> list[tuple[str, int]]:
     """The layers as the fewest repeated units: "DDDMMMM" is [("D", 3), ("M", 4)], "DMDMDM" is [("DM", 3)].
 
@@ -213,9 +161,9 @@ def cut(model: configs.Model, kinds: str) -> configs.Model:
     return replace(model, layers=len(kinds), pattern=kinds)
 
 
-def abstract(model: configs.Model) -> Transformer:
+def abstract(model: configs.Model, tower: bool = True) -> Transformer:
     """The model with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: Transformer(model, jax.random.key(0)))
+    return nnx.eval_shape(lambda: Transformer(model, jax.random.key(0), tower))
 
 
 def stacks(model: configs.Model) -> dict[str, list[int]]:

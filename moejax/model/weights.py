@@ -3,17 +3,19 @@
 Letters in shapes: B sequences, T tokens of a sequence, S key positions, D d_model, N query heads, K KV heads,
 G query heads per KV head, H head_dim, J entries of a value, F hidden width, U gate (1 matrix into the hidden layer,
 or 2), V vocabulary, E experts, A active experts of a token, R routing groups, M tokens of a routing group, C capacity
-(seats of an expert in a group), Q seats of a dispatch, L layers, X D or one more.  t is T, or this tensor shard's
-slice of it between blocks.
+(seats of an expert in a group), Q seats of a dispatch, L layers, X D or one more, I images of a sequence, W width of
+the image encoder, P its patches and class token, O vectors of an image that text can look at.  t is T, or this tensor
+shard's slice of it between blocks.
 Inside the model all of them are the sizes on one device.
 
 One string says all about a weight: `w("expert: embed -> gate hidden")` has batch axes before the colon, the axes
 it sums over before the arrow (their product is the init fan-in) and its output axes after it.  A weight without an
-arrow is a vector: it starts at a constant and does not decay.  Sizes come from the config, placement from
-parallel/axes.py.
+arrow is a vector: it starts at a constant, or, of tables that sum over nothing, like an embedding, and does not decay.
+Sizes come from the config, placement from parallel/axes.py.  A layer starts the same whatever it is stacked with.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,6 +28,8 @@ from moejax import config as configs
 from moejax.parallel import axes as rules
 from moejax.parallel import collectives
 
+LAYERS = 2**31  # names the random numbers of layers; those of other weights are counted from 0
+
 
 class Bias(nnx.Variable):
     """A balancing bias: moved by the load of the experts, not by a gradient."""
@@ -34,35 +38,41 @@ class Bias(nnx.Variable):
 class Weights:
     """Makes the weights of one model: `w(axes)` returns a float32 `nnx.Param` that remembers its axes."""
 
-    def __init__(self, model: configs.Model, key: Array, stack: int | None = None, sizes: dict[str, int] | None = None):
-        self.model, self.stack = model, stack
+    def __init__(self, model: configs.Model, key: Array, stack: Sequence[int] | None = None,
+                 sizes: dict[str, int] | None = None):
+        self.model, self.stack, self.key = model, stack, key
         self.rngs = nnx.Rngs(key)
         self.sizes = sizes or {
             "embed": model.d_model, "norm": model.d_model, "heads": model.heads, "kv": model.kv_heads,
             "head": model.head_dim, "hidden": model.hidden, "vocab": model.vocab,
-            "gate": 1 if model.activation == "gelu" else 2, "expert": model.moe.experts, "choice": model.moe.experts,
+            "gate": 2 if "glu" in model.activation else 1, "expert": model.moe.experts, "choice": model.moe.experts,
             "one": 1,
         }
 
-    def layers(self, count: int) -> "Weights":
-        """The same, for `count` layers stacked along a first axis."""
-        return Weights(self.model, self.rngs.params(), count, self.sizes)
+    def layers(self, numbers: Sequence[int]) -> "Weights":
+        """The same, for layers of these numbers stacked along a first axis."""
+        return Weights(self.model, jax.random.fold_in(self.key, LAYERS), numbers, self.sizes)
 
     def sized(self, **sizes: int) -> "Weights":
         return Weights(self.model, self.rngs.params(), self.stack, self.sizes | sizes)
 
     def __call__(self, axes: str, constant: float | None = None, kind: type[nnx.Variable] = nnx.Param) -> Any:
-        sizes = self.sizes
-        if self.stack is not None:
-            axes, sizes = stacked(axes), sizes | {"layer": self.stack}
-        shape = tuple(sizes[name] for name in rules.names(axes))
-        if "->" not in axes:
-            return kind(jnp.full(shape, constant, jnp.float32), axes=axes)
-        fan_in = math.prod(sizes[name] for name in axes.split("->")[0].split(":")[-1].split())
-        if axes.startswith("vocab"):  # a lookup sums over nothing
-            fan_in = sizes["embed"]
-        draw = jax.random.truncated_normal(self.rngs.params(), -3, 3, shape, jnp.float32)
-        return kind(draw * fan_in**-0.5, axes=axes)
+        shape = tuple(self.sizes[name] for name in rules.names(axes))
+        whole, count = (axes, ()) if self.stack is None else (stacked(axes), (len(self.stack),))
+        if constant is not None:
+            return kind(jnp.full((*count, *shape), constant, jnp.float32), axes=whole)
+        fan_in = math.prod(self.sizes[name] for name in axes.split("->")[0].split(":")[-1].split())
+        if axes.startswith("vocab") or "->" not in axes:  # a lookup sums over nothing
+            fan_in = self.sizes["embed"]
+        key = self.rngs.params()
+
+        def draw(key: Array) -> Array:
+            return jax.random.truncated_normal(key, -3, 3, shape, jnp.float32) * fan_in**-0.5
+
+        if self.stack is None:
+            return kind(draw(key), axes=whole)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(self.stack, jnp.uint32))
+        return kind(jax.vmap(draw)(keys), axes=whole)
 
 
 def stacked(axes: str) -> str:
@@ -83,6 +93,13 @@ def flatten(module: nnx.Module) -> dict[str, Any]:
     """name -> `nnx.Variable` of every weight, in the order of the model, e.g. "layers.0.0.attention.q"."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {".".join(map(str, path)): variable for path, variable in flat}
+
+
+def group(name: str) -> str:
+    """What a weight is of: text, cross (attention), encoder or resampler."""
+    if name.startswith("vision."):
+        return name.split(".")[1]
+    return "cross" if ".cross." in name else "text"
 
 
 def trainable(module: nnx.Module) -> dict[str, bool]:

@@ -28,6 +28,12 @@ RULES: dict[str, str | None] = {
     "mixed": None,
     "both": None,
     "one": None,
+    "colour": None,  # of a patch of an image
+    "row": None,
+    "column": None,
+    "place": None,  # of a patch in its image, and of a frame in its video
+    "latent": None,
+    "three": None,
 }
 
 

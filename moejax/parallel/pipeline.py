@@ -27,6 +27,7 @@ class Parts(NamedTuple):
     first: Callable[[Any, Array], Array]  # (shared weights, m) -> x
     middle: Callable[[Any, Array, Array, Array], Any]  # (chunk's weights, x, m, c) -> ((y, cost), figures)
     last: Callable[[Any, Array, Array], Any]  # (shared weights, y, m) -> cost, or in `forwards` anything to be summed
+    fixed: Any = None  # weights of this stage that get no gradient: a dict, as then the others are, that `middle` joins
 
 
 class Plan(NamedTuple):
@@ -120,16 +121,16 @@ class Pull(NamedTuple):
         found = []
 
         def look(x: Array, number: Array) -> None:
-            w = chunk(weights, number)
-            (y, cost), _, leaves, tree = differentiate(parts, w, x, number, number)
-            dy = (y, cost)
-            numbers = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(w))}
+            w, fixed = both = chunk((weights, parts.fixed), number)
+            (y, cost), _, leaves, tree = differentiate(parts, w, fixed, x, number, number)
+            dy, count = (y, cost), len(jax.tree.leaves(w))
+            numbers = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(both))}
             kinds = jax.eval_shape(lambda: leaves)
             kinds = [numbers.get(id(leaf), kind) for leaf, kind in zip(leaves, kinds, strict=True)]
             split, owed = None, []
             if cut:
                 pull = jax.make_jaxpr(lambda leaves, dy: jax.tree.unflatten(tree, leaves)(dy))(leaves, dy)
-                split = Split(pull, [i == len(numbers) for i in range(len(numbers) + 1)])
+                split = Split(pull, [i == count for i in range(count + 1)])
                 owed = jax.eval_shape(lambda: split.now(*leaves, *dy)[1])
                 owed = [kind if i is None or i >= len(kinds) else kinds[i]
                         for i, kind in zip(split.kept_inputs, owed, strict=True)]
@@ -144,17 +145,23 @@ def keep(values: Sequence[Any], kinds: Sequence[Any]) -> list[Any]:
     return [value for value, kind in zip(values, kinds, strict=True) if not isinstance(kind, int)]
 
 
-def complete(kept: Iterable[Array], kinds: Sequence[Any], w: Any) -> list[Array]:
-    """The values of which `keep` left out the weights."""
-    kept, leaves = iter(kept), jax.tree.leaves(w)
+def complete(kept: Iterable[Array], kinds: Sequence[Any], both: Any) -> list[Array]:
+    """The values of which `keep` left out the weights, moving and fixed."""
+    kept, leaves = iter(kept), jax.tree.leaves(both)
     return [leaves[kind] if isinstance(kind, int) else next(kept) for kind in kinds]
 
 
-def differentiate(parts: Parts, w: Any, x: Array, m: Array, c: Array) -> tuple[Any, Any, list[Array], Any]:
+def differentiate(
+    parts: Parts, w: Any, fixed: Any, x: Array, m: Array, c: Array
+) -> tuple[Any, Any, list[Array], Any]:
     """(y, cost), figures, and the function that takes gradients back as its leaves and its tree."""
-    out, pull, figures = jax.vjp(lambda w, x: parts.middle(w, x, m, c), w, x, has_aux=True)
+    out, pull, figures = jax.vjp(lambda w, x: parts.middle(join(w, fixed), x, m, c), w, x, has_aux=True)
     leaves, tree = jax.tree.flatten(pull)
     return out, figures, [jnp.asarray(leaf) for leaf in leaves], tree  # numbers known while tracing are leaves too
+
+
+def join(w: Any, fixed: Any) -> Any:
+    return w | fixed if fixed else w
 
 
 def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save: bool) -> tuple[Any, Any, Array, Any]:
@@ -182,10 +189,10 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         m, c = row["f_m"], row["f_chunk"]
 
         def run(x: Array) -> Any:
-            w = chunk(weights, c)
+            w, fixed = chunk((weights, parts.fixed), c)
             if not save:
-                return parts.middle(w, x, m, c)[0][0], None
-            (y, _), figures, leaves, _ = differentiate(parts, w, x, m, c)
+                return parts.middle(join(w, fixed), x, m, c)[0][0], None
+            (y, _), figures, leaves, _ = differentiate(parts, w, fixed, x, m, c)
             return y, ([y, *keep(leaves, pull.leaves)], figures)
 
         xs, y, more = forward(parts, shared, carry["x"], row, x, run)
@@ -201,12 +208,13 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         slot = row["b_saved" if save else "b_slot"]
 
         def run(sums: Any) -> Any:
-            w = chunk(weights, c)
+            w, fixed = both = chunk((weights, parts.fixed), c)
             if save:
                 y, *leaves = (read_after(one, slot, carry["y"]) for one in carry["saved"])
-                leaves, tree, new = complete(leaves, pull.leaves, w), pull.tree, sums["figures"]
+                leaves, tree, new = complete(leaves, pull.leaves, both), pull.tree, sums["figures"]
             else:
-                (y, _), figures, leaves, tree = differentiate(parts, w, read_after(carry["x"], slot, carry["y"]), m, c)
+                x = read_after(carry["x"], slot, carry["y"])
+                (y, _), figures, leaves, tree = differentiate(parts, w, fixed, x, m, c)
                 new = add_chunk(sums["figures"], c, figures)
 
             def head(sum_: Any, loss: Array) -> Any:
@@ -238,10 +246,9 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         slot, c = row["w_slot"], row["w_chunk"]
 
         def run(sums: Any) -> Any:
-            w = chunk(weights, c)
             kept = (read_after(one, slot, carry["dx"]) for one in carry["owed"])
-            more = pull.split.later(complete(kept, pull.owed, w))
-            return add_chunk(sums, c, jax.tree.unflatten(jax.tree.structure(w), more))
+            more = pull.split.later(complete(kept, pull.owed, chunk((weights, parts.fixed), c)))
+            return add_chunk(sums, c, jax.tree.unflatten(jax.tree.structure(weights), more))
 
         return {"weights": only_if(row["w_on"] > 0, run, lambda sums, _: sums, carry["weights"])}
 
@@ -283,7 +290,7 @@ def forwards(schedule: Schedule, parts: Parts, weights: Any, shared: Any) -> tup
         m, c = row["f_m"], row["f_chunk"]
 
         def run(x: Array) -> Any:
-            (y, _), figures = parts.middle(chunk(weights, c), x, m, c)
+            (y, _), figures = parts.middle(join(*chunk((weights, parts.fixed), c)), x, m, c)
             return y, figures
 
         xs, y, figures = forward(parts, shared, write(xs, y, row["get_x"]), row, x, run)
@@ -325,7 +332,7 @@ def kinds(parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
     x = jax.eval_shape(parts.first, shared, zero)
 
     def middle(x: Array) -> Any:
-        return parts.middle(chunk(weights, zero), x, zero, zero)
+        return parts.middle(join(*chunk((weights, parts.fixed), zero)), x, zero, zero)
 
     for _ in range(2):  # x varies over as much as y does
         found = jax.eval_shape(middle, x)

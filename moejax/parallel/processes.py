@@ -19,7 +19,6 @@ OURS = {"MOEJAX_COORDINATOR": "host:port of process 0", "MOEJAX_PROCESSES": "how
         "MOEJAX_PROCESS": "which this is, from 0"}
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # that JAX reads
 REPAIR = f"set {', '.join(OURS)} in every process, or MOEJAX_PROCESSES=1 to run alone"
-DAY = 24 * 3600
 waits = itertools.count()
 
 
@@ -37,12 +36,8 @@ class Group(NamedTuple):
 
 
 def detect(environment: Mapping[str, str]) -> Group | None:
-    """The group that this process belongs to; None if it runs alone.
-
-    MOEJAX_PROCESSES=1 is alone whatever else is set, and MOEJAX_COORDINATOR=auto leaves everything to JAX.
-
-    Raises:
-        ConfigError: some of our own variables are missing or wrong.
+    """The group that this process belongs to; None if it runs alone.  MOEJAX_PROCESSES=1 is alone whatever else is set,
+    and MOEJAX_COORDINATOR=auto leaves everything to JAX.  Raises ConfigError: ours are incomplete or wrong.
     """
     given = {name: environment[name] for name in OURS if environment.get(name)}
     if given == {"MOEJAX_COORDINATOR": "auto"}:
@@ -50,13 +45,12 @@ def detect(environment: Mapping[str, str]) -> Group | None:
     if given:
         return from_ours(given)
     # Within mpirun the variables of SLURM, if any, are those of MPI's own launcher.
-    if number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+    if (count := number(environment, "OMPI_COMM_WORLD_SIZE")) > 1:
         method = "ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"  # which Open MPI 5 has no more
-        return Group(number(environment, "OMPI_COMM_WORLD_SIZE"), number(environment, "OMPI_COMM_WORLD_RANK"), None,
-                     method)
+        return Group(count, number(environment, "OMPI_COMM_WORLD_RANK"), None, method)
     # Of a step, not of the job: a shell in an allocation of many tasks is one task.
-    if number(environment, "SLURM_STEP_NUM_TASKS") > 1 and all(name in environment for name in SLURM):
-        return Group(number(environment, "SLURM_STEP_NUM_TASKS"), number(environment, "SLURM_PROCID"), None, "slurm")
+    if (count := number(environment, "SLURM_STEP_NUM_TASKS")) > 1 and all(name in environment for name in SLURM):
+        return Group(count, number(environment, "SLURM_PROCID"), None, "slurm")
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     pod = "," in hosts or "TPU_PROCESS_ADDRESSES_PATH" in environment or number(environment, "MEGASCALE_NUM_SLICES") > 1
     indexed_job = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
@@ -98,8 +92,7 @@ def start(group: Group, heartbeat: int = 100, patience: int = 300) -> None:
         heartbeat: seconds without a sign of life after which a process counts as dead, and the others end; also how
             long one that ends waits for the others to end.
         patience: seconds to wait for all processes to come.
-    Raises:
-        Unreachable: process 0 does not answer, or its port is taken, or JAX does not find the group.
+    Raises Unreachable: process 0 does not answer, or its port is taken, or JAX does not find the group.
     """
     if jax.distributed.is_initialized():
         return
@@ -118,11 +111,7 @@ def start(group: Group, heartbeat: int = 100, patience: int = 300) -> None:
 
 
 def reach(coordinator: str, here: bool, patience: int) -> None:
-    """Make sure that process 0 can be reached: where it cannot, JAX ends the process without an exception.
-
-    Args:
-        here: this is process 0, which is going to answer.
-    """
+    """Make sure that process 0, which is `here` or not, can be reached: else JAX ends the process with no exception."""
     host, _, port = coordinator.rpartition(":")
     if here:
         try:
@@ -148,8 +137,8 @@ def barrier(name: str) -> None:
     if jax.distributed.is_initialized():
         from orbax.checkpoint import multihost  # a second of import that a single process does not need
 
-        # A process that has died is noticed by its heartbeat.
-        multihost.get_barrier_sync_fn()(key=f"moejax/{name}/{next(waits)}", timeout_ms=DAY * 1000)
+        # A day at most; a process that has died is noticed by its heartbeat.
+        multihost.get_barrier_sync_fn()(key=f"moejax/{name}/{next(waits)}", timeout_ms=24 * 3600 * 1000)
 
 
 def first() -> bool:

@@ -8,14 +8,17 @@ chunks, chunk c of stage s is part c × stages + s of the model.
 
 import csv
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, product
 from pathlib import Path
 from typing import NamedTuple
 
 from moejax.config import Config, ConfigError
 
+OP = re.compile(r"([FBW])([0-9]+)(?:\.([0-9]+))?")  # as Op is written
 COLOURS = {"F": "#4f7df0", "B": "#0e9f8e", "W": "#e8a33d"}
 
 
@@ -42,10 +45,8 @@ class Schedule:
     @cached_property
     def at(self) -> dict[tuple[str, int, int], int]:
         """(kind, microbatch, part of the model) -> tick, of the first time it is done."""
-        found: dict[tuple[str, int, int], int] = {}
-        for tick, stage, op in self.ops():
-            found.setdefault((op.kind, op.microbatch, op.chunk * self.stages + stage), tick)
-        return found
+        return {(op.kind, op.microbatch, op.chunk * self.stages + stage): tick
+                for tick, stage, op in reversed(self.ops())}
 
     @property
     def split(self) -> bool:
@@ -59,10 +60,8 @@ class Schedule:
     def check(self) -> list[str]:
         """Everything that makes the table incomplete or impossible, each with its tick and stage."""
         kinds, last = "FBW" if self.split else "FB", self.stages * self.chunks - 1
-        problems, done = [], set()
-        for tick, row in enumerate(self.ticks):
-            if len(row) != self.stages:
-                problems.append(f"tick {tick} has {len(row)} stages; the schedule has {self.stages}")
+        problems, done = [f"tick {tick} has {len(row)} stages; the schedule has {self.stages}"
+                          for tick, row in enumerate(self.ticks) if len(row) != self.stages], set()
         for tick, stage, op in self.ops():
             where, part = f"tick {tick}, stage {stage}: {op}", op.chunk * self.stages + stage
             if op.kind not in kinds or not (0 <= op.microbatch < self.microbatches and 0 <= op.chunk < self.chunks):
@@ -83,12 +82,10 @@ class Schedule:
                     arrives = f"arrives for tick {ready + wait}" if wait else f"is done in tick {ready}"
                     problems.append(f"{where} uses {kind}{op.microbatch} of part {other} (stage {other % self.stages}) "
                                     f"before it is there: it {arrives}")
-        for kind in kinds:
-            for part in range(last + 1):
-                missing = [m for m in range(self.microbatches) if (kind, m, part) not in done]
-                if missing:
-                    problems.append(f"stage {part % self.stages} never does {kind} of chunk {part // self.stages} for "
-                                    f"microbatches {', '.join(map(str, missing))}")
+        for kind, part in product(kinds, range(last + 1)):
+            if missing := [str(m) for m in range(self.microbatches) if (kind, m, part) not in done]:
+                problems.append(f"stage {part % self.stages} never does {kind} of chunk {part // self.stages} for "
+                                f"microbatches {', '.join(missing)}")
         return problems
 
     def needs(self, op: Op, part: int, last: int) -> list[tuple[str, int, int]]:
@@ -109,10 +106,8 @@ class Schedule:
         return sum(costs[op.kind] + both * (op.kind == "B") for op in cell)
 
     def bubble(self, costs: dict[str, float] | None = None) -> float:
-        """Idle share of the stages' time, counted from the table.
-
-        Args:
-            costs: of one F, B (gradient of the input) and W (gradient of the weights); all 1 by default.
+        """Idle share of the stages' time, counted from the table.  Costs are of one F, B (gradient of the input) and W
+        (gradient of the weights), all 1 by default.
         """
         busy = sum(self.work(cell, costs) for row in self.ticks for cell in row)
         return 1 - busy / (self.stages * sum(self.lengths(costs)))
@@ -121,10 +116,9 @@ class Schedule:
         """Of every stage, the most (microbatch, chunk) that it holds at once: from F until the last use."""
         counts = []
         for stage in range(self.stages):
-            mine = set(range(stage, self.stages * self.chunks, self.stages))
-            begins = [tick for (kind, _, part), tick in self.at.items() if kind == "F" and part in mine]
-            ends = [tick for (kind, _, part), tick in self.at.items()
-                    if kind == ("W" if self.split else "B") and part in mine]
+            begins, ends = ([tick for (kind, _, part), tick in self.at.items()
+                             if kind == which and part % self.stages == stage]
+                            for which in ("F", "W" if self.split else "B"))
             counts.append(max(sum(b <= tick for b in begins) - sum(e < tick for e in ends)
                               for tick in range(len(self.ticks))))
         return counts
@@ -143,9 +137,8 @@ class Schedule:
 
     def svg(self, costs: dict[str, float] | None = None) -> str:
         """The table as a Gantt picture: time runs to the right, a row per stage."""
-        lengths = self.lengths(costs)
-        begins = [sum(lengths[:tick]) for tick in range(len(lengths))]
-        scale, height, left = min(24.0, 1600 / max(sum(lengths), 1)), 22, 58
+        *begins, total = accumulate(self.lengths(costs), initial=0.0)
+        scale, height, left = min(24.0, 1600 / max(total, 1)), 22, 58
         parts = []
         for stage in range(self.stages):
             y = stage * (height + 4)
@@ -161,26 +154,26 @@ class Schedule:
                     if wide >= 14:
                         parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="op">{op.microbatch}</text>')
                     x += wide
-        total_width, total_height = left + sum(lengths) * scale, self.stages * (height + 4)
-        return (f'<svg viewBox="0 0 {total_width:.0f} {total_height}" xmlns="http://www.w3.org/2000/svg" '
-                f'style="max-width:{total_width:.0f}px;width:100%;font:11px sans-serif"><style>'
+        wide = left + total * scale
+        return (f'<svg viewBox="0 0 {wide:.0f} {self.stages * (height + 4)}" xmlns="http://www.w3.org/2000/svg" '
+                f'style="max-width:{wide:.0f}px;width:100%;font:11px sans-serif"><style>'
                 f'.stage{{fill:currentColor}}.op{{fill:#fff;text-anchor:middle}}</style>{"".join(parts)}</svg>')
+
+
+def cell(ops: Iterable[Op]) -> tuple[Op, ...]:
+    return tuple(sorted(ops, key=lambda op: "FBW".index(op.kind)))
 
 
 def table(stages: int, ops: dict[tuple[int, int], list[Op]]) -> Ticks:
     """(tick, stage) -> ops, as a table; within a cell F, B, W."""
     count = max(tick for tick, _ in ops) + 1
-    return tuple(tuple(tuple(sorted(ops.get((tick, stage), ()), key=lambda op: "FBW".index(op.kind)))
-                       for stage in range(stages)) for tick in range(count))
+    return tuple(tuple(cell(ops.get((tick, stage), ())) for stage in range(stages)) for tick in range(count))
 
 
 def gpipe(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     """All forwards, then all backwards (arXiv 1811.06965)."""
-    ops: dict[tuple[int, int], list[Op]] = {}
-    for m in range(microbatches):
-        for s in range(stages):
-            ops[m + s, s] = [Op("F", m)]
-            ops[microbatches + stages - 1 + m + stages - 1 - s, s] = [Op("B", m)]
+    ops = {(tick, s): [Op(kind, m)] for m in range(microbatches) for s in range(stages)
+           for kind, tick in (("F", m + s), ("B", microbatches + m + 2 * (stages - 1) - s))}
     return Schedule("gpipe", stages, microbatches, 1, table(stages, ops))
 
 
@@ -190,15 +183,13 @@ def interleaved(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     Units are numbered: F number u of stage s comes in tick u + s, B number u as early as its first one can, both in
     groups of `stages` microbatches, chunk after chunk.
     """
-    ops: dict[tuple[int, int], list[Op]] = {}
-    parts = stages * chunks
+    ops, parts = defaultdict(list), stages * chunks
     for unit in range(microbatches * chunks):
         group, rest = divmod(unit, parts)
         chunk, m = rest // stages, group * stages + rest % stages
         for s in range(stages):
-            ops.setdefault((unit + s, s), []).append(Op("F", m, chunk))
-            tick = unit + parts - 1 + stages - 1 - s
-            ops.setdefault((tick, s), []).append(Op("B", m, chunks - 1 - chunk))
+            ops[unit + s, s].append(Op("F", m, chunk))
+            ops[unit + parts - 1 + stages - 1 - s, s].append(Op("B", m, chunks - 1 - chunk))
     return Schedule("interleaved", stages, microbatches, chunks, table(stages, ops))
 
 
@@ -229,9 +220,9 @@ def zero_bubble(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
 
     for tick, row in enumerate(plain):
         busiest = max(len(cell) for cell in row)
-        all_owe = all(owed or any(op.kind == "B" for op in cell) for owed, cell in zip(waiting, row, strict=True))
-        full = all(len(cell) == busiest for cell in row)
-        add(row, busiest + (all_owe and full))
+        more = all((owed or any(op.kind == "B" for op in cell)) and len(cell) == busiest
+                   for owed, cell in zip(waiting, row, strict=True))
+        add(row, busiest + more)
         if tick > last_forward and any(waiting):
             add([()] * stages, 1)
     while any(waiting):
@@ -245,12 +236,8 @@ SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
 
 def forwards(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     """Only the forwards, as in evaluation."""
-    ops: dict[tuple[int, int], list[Op]] = {}
-    for m in range(microbatches):
-        for part in range(stages * chunks):
-            group, place = divmod(m, stages)
-            tick = group * stages * chunks + place + part
-            ops[tick, part % stages] = [Op("F", m, part // stages)]
+    ops = {(m // stages * stages * chunks + m % stages + part, part % stages): [Op("F", m, part // stages)]
+           for m in range(microbatches) for part in range(stages * chunks)}
     return Schedule("forwards", stages, microbatches, chunks, table(stages, ops))
 
 
@@ -258,9 +245,9 @@ def without_idle(schedule: Schedule) -> Schedule:
     """The same ops of every stage with no waiting: nothing that could be trained with, but what its time is made of."""
     mine = [[[op for tick, s, op in schedule.ops() if s == stage and op.kind == kind] for kind in "FBW"]
             for stage in range(schedule.stages)]
-    count = schedule.microbatches * schedule.chunks
-    rows = tuple(tuple(tuple(ops[tick] for ops in lists if ops) for lists in mine) for tick in range(count))
-    return Schedule(f"{schedule.name} without idle", schedule.stages, schedule.microbatches, schedule.chunks, rows)
+    rows = tuple(tuple(tuple(ops[tick] for ops in lists if ops) for lists in mine)
+                 for tick in range(schedule.microbatches * schedule.chunks))
+    return replace(schedule, name=f"{schedule.name} without idle", ticks=rows)
 
 
 def describe(schedule: Schedule) -> str:
@@ -273,9 +260,7 @@ def describe(schedule: Schedule) -> str:
 
 def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedule:
     """A table from a file: a line per tick, a column per stage, ops such as "F3 B1" (chunk 1: "F3.1") in a cell.
-
-    Raises:
-        ConfigError: the file cannot be read, or a cell is not made of ops.
+    Raises ConfigError where the file cannot be read, or a cell is not made of ops.
     """
     try:
         lines = [line for line in csv.reader(path.read_text().splitlines()) if line]
@@ -284,35 +269,22 @@ def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedul
                            f"read ({error})"]) from None
     if lines and all(cell.strip().lower().startswith("stage") for cell in lines[0]):
         del lines[0]
-    problems, rows = [], []
-    for tick, line in enumerate(lines):
-        cells = []
-        for stage, text in enumerate(line):
-            ops = []
-            for word in text.split():
-                if found := re.fullmatch(r"([FBW])([0-9]+)(?:\.([0-9]+))?", word):
-                    ops.append(Op(found[1], int(found[2]), int(found[3] or 0)))
-                else:
-                    problems.append(f"{path}: tick {tick}, stage {stage}: an op is F, B or W and a microbatch, such as "
-                                    f"F3 or F3.1 of chunk 1; got {word!r}")
-            cells.append(tuple(sorted(ops, key=lambda op: "FBW".index(op.kind))))
-        rows.append(tuple(cells))
-    if problems or not rows:
+    problems = [f"{path}: tick {tick}, stage {stage}: an op is F, B or W and a microbatch, such as F3 or F3.1 of chunk "
+                f"1; got {word!r}" for tick, line in enumerate(lines) for stage, text in enumerate(line)
+                for word in text.split() if not OP.fullmatch(word)]
+    if problems or not lines:
         raise ConfigError(problems or [f"{path} holds no tick"])
-    return Schedule(path.name, stages, microbatches, chunks, tuple(rows))
+    rows = tuple(tuple(cell(Op(kind, int(microbatch), int(chunk or 0)) for kind, microbatch, chunk in OP.findall(text))
+                       for text in line) for line in lines)
+    return Schedule(path.name, stages, microbatches, chunks, rows)
 
 
 def make(config: Config) -> Schedule:
-    """The schedule of a config's pipeline.
-
-    Raises:
-        ConfigError: its CSV table cannot be read, is not complete or cannot be carried out.
-    """
+    """Of a config's pipeline.  Raises ConfigError: its CSV table cannot be read, is incomplete or impossible."""
     mesh, microbatches = config.mesh, config.train.microbatches
     if mesh.schedule in SCHEDULES:
         return SCHEDULES[mesh.schedule](mesh.pipeline, microbatches, mesh.chunks)
     found = read_csv(Path(mesh.schedule), mesh.pipeline, microbatches, mesh.chunks)
-    problems = found.check()
-    if problems:
+    if problems := found.check():
         raise ConfigError([f"{mesh.schedule}: {problem}" for problem in problems])
     return found

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from moejax.config import ConfigError
+from moejax.data.batch import Images
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import collectives
 from moejax.parallel.axes import rows
@@ -26,9 +27,12 @@ BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are
 
 def generate_tokens(
     sharded: Sharded, weights: dict[str, Array], prompts: Sequence[Sequence[int]], new: int, ends: Sequence[int] = (),
-    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, images: Images | None = None,
 ) -> list[list[int]]:
     """Up to `new` tokens after each prompt, without the prompt; a sequence stops after any of `ends`.
+
+    Args:
+        images: of the prompts, whose `looks` are those of their tokens; what is new looks at what the last one did.
 
     Raises:
         ConfigError: an empty prompt, wrong sampling values, or a router that looks ahead.
@@ -43,7 +47,11 @@ def generate_tokens(
         tokens[i, :len(prompt)] = prompt
         lengths[i] = len(prompt)
     index = np.arange(count, dtype=np.int32)
-    inputs = on_mesh(sharded.mesh, (tokens, lengths, index))
+    if images is not None:
+        looks = np.pad(images.looks, [(0, 0), (0, length - images.looks.shape[1]), (0, 0)])
+        images = Images(*(np.pad(each, [(0, count - len(each)), *[(0, 0)] * (each.ndim - 1)])
+                          for each in (images.pixels, images.frames, looks)))
+    inputs = on_mesh(sharded.mesh, (tokens, lengths, index, images))
     stop = jnp.array(tuple(ends) or (-1,), jnp.int32)  # no token is -1
     options = (jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), stop)
     out = np.asarray(program(sharded, new)(weights, *inputs, *options))[: len(prompts)].tolist()
@@ -70,14 +78,18 @@ def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperat
 
 @lru_cache(maxsize=8)
 def program(sharded: Sharded, new: int) -> Any:
-    """jitted (weights, tokens "B T", lengths " B", index " B", options) -> tokens "B new"; after an end, ends[0]."""
+    """jitted (weights, tokens "B T", lengths " B", index " B", images, options) -> tokens "B new"; after an end,
+    ends[0].
+    """
     row = rows(sharded.mesh.shape)
 
     def device(values: dict[str, Array], tokens: Int[Array, "B T"], lengths: Int[Array, " B"], index: Int[Array, " B"],
-               temperature: Array, top_p: Array, key: Array, ends: Array) -> Int[Array, "B new"]:
+               images: Images | None, temperature: Array, top_p: Array, key: Array, ends: Array) -> Int[Array, "B new"]:
         model = sharded.build(values)
         run = sharded.run(sequence=False, remat="none", drop=False)
         batch, length = tokens.shape
+        sight = model.see(images, run)
+        last = sight and sight._replace(looks=jnp.take_along_axis(sight.looks, (lengths - 1)[:, None, None], 1))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
         def choose(hidden: Array, positions: Array) -> Array:
@@ -92,9 +104,9 @@ def program(sharded: Sharded, new: int) -> Any:
             return (i < new) & (collectives.total(jnp.sum(1 - ended), ("data", "fsdp", "expert")) > 0)
 
         def decode(carry: Any) -> Any:
-            i, last, ended, out, cache = carry
+            i, token, ended, out, cache = carry
             at = lengths + i - 1
-            output, cache = model(last[:, None], run, at[:, None], cache)
+            output, cache = model(token[:, None], run, at[:, None], cache, last)
             token = jnp.where(ended == 1, ends[0], choose(output.hidden[:, 0], at + 1))
             return i + 1, token, ended | over(token), out.at[:, i].set(token), cache
 
@@ -102,10 +114,10 @@ def program(sharded: Sharded, new: int) -> Any:
         empty = collectives.vary(collectives.match(model.cache(batch, length + new, run.dtype), tokens), ("tensor",))
         # What pads a prompt has the place of its last token: scalings of positions look at how far a sequence goes.
         starts = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], lengths[:, None] - 1)
-        output, cache = model(tokens, run, starts, empty)
+        output, cache = model(tokens, run, starts, empty, sight)
         final = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], 1)[:, 0]
         first = choose(final, lengths)
         out = collectives.match(jnp.full((batch, new), ends[0], jnp.int32), tokens).at[:, 0].set(first)
         return lax.while_loop(more, decode, (1, first, over(first), out, cache))[3]
 
-    return jax.jit(sharded.program(device, (row, row, row, P(), P(), P(), P()), row))
+    return jax.jit(sharded.program(device, (row, row, row, row, P(), P(), P(), P()), row))

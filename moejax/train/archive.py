@@ -1,5 +1,6 @@
 """What lies in the checkpoints of a run, whether it is as it was saved, and how two of them differ."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,7 @@ from moejax.train.checkpoint import Damaged, folder_of, open_manager, portions, 
 
 
 def open_run(run: str) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder, to read.
-
-    Raises:
-        ConfigError: it is none, or holds no checkpoint.
-    """
+    """The checkpoints of a run folder, to read.  Raises ConfigError if it is none, or holds no checkpoint."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise ConfigError([f"a run folder holds a config.json; {run} has none; give the run_dir of a training run"])
@@ -43,7 +40,8 @@ def contents(run: str) -> list[dict[str, Any]]:
             continue
         saved = (manager.directory / str(step)).stat().mtime
         rows.append({"step": step, "tokens": manifest["tokens"], "arrays": len(manifest["arrays"]),
-                     "bytes": sum(bytes_of(one) for one in manifest["arrays"].values()),
+                     "bytes": sum(math.prod(one["shape"]) * np.dtype(one["dtype"]).itemsize
+                                  for one in manifest["arrays"].values()),
                      "saved": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved))})
     return rows
 
@@ -64,22 +62,16 @@ def verify(run: str) -> dict[int, str]:
 def diff(a: str, b: str) -> dict[str, Any]:
     """How the arrays of two checkpoints differ, bit by bit: each RUN, its newest step, or RUN@STEP.
 
-    Returns: {"a": RUN@STEP, "b": RUN@STEP, "arrays": number, "differ": {name: what}}.
-    Raises:
-        ConfigError: there is no such checkpoint.
-        Damaged: one of them is not as it was saved.
+    Returns {"a": RUN@STEP, "b": RUN@STEP, "arrays": number, "differ": {name: what}}.
+    Raises ConfigError: there is no such checkpoint; Damaged: one of them is not as it was saved.
     """
     (first, step_a), (second, step_b) = pick(a), pick(b)
-    arrays, others = ({name: one for part in sound(manager, step, None) for name, one in part.items()}
-                      for manager, step in ((first, step_a), (second, step_b)))
+    arrays, others = next(sound(first, step_a, None)), next(sound(second, step_b, None))
     differ = {name: f"only in {a if name in arrays else b}" for name in sorted(arrays.keys() ^ others.keys())}
-    shared = {}
-    for name in sorted(arrays.keys() & others.keys()):
-        kinds = [f"{one['dtype']}{one['shape']}" for one in (arrays[name], others[name])]
-        if kinds[0] != kinds[1]:
-            differ[name] = f"{kinds[0]} and {kinds[1]}"
-        else:
-            shared[name] = arrays[name]
+    kinds = {name: [f"{one['dtype']}{one['shape']}" for one in (arrays[name], others[name])]
+             for name in sorted(arrays.keys() & others.keys())}
+    differ |= {name: f"{kind} and {other}" for name, (kind, other) in kinds.items() if kind != other}
+    shared = {name: arrays[name] for name in kinds if name not in differ}
     for left, right in zip(sound(first, step_a, shared), sound(second, step_b, shared), strict=True):
         differ |= {name: what for name in left if (what := compare(left[name], right[name]))}
     return {"a": f"{first.directory}@{step_a}", "b": f"{second.directory}@{step_b}",
@@ -118,19 +110,15 @@ def sound(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any] | No
         raise Damaged(f"step {step} in {manager.directory} is damaged: {error}") from None
 
 
-def bytes_of(array: dict[str, Any]) -> int:
-    return int(np.prod(array["shape"], dtype=np.int64)) * np.dtype(array["dtype"]).itemsize
-
-
 def compare(a: np.ndarray, b: np.ndarray) -> str:
     """What differs in words, "" if no bit does."""
-    bits = np.dtype(f"u{a.dtype.itemsize}")
-    other = np.atleast_1d(a).view(bits) != np.atleast_1d(b).view(bits)
+    a, b = np.atleast_1d(a, b)
+    other = a.view(f"u{a.itemsize}") != b.view(f"u{b.itemsize}")
     if not other.any():
         return ""
     place = np.unravel_index(int(np.argmax(other)), other.shape)
     with np.errstate(invalid="ignore"):
-        far = np.abs(np.atleast_1d(a)[other].astype(np.float64) - np.atleast_1d(b)[other].astype(np.float64))
+        far = np.abs(a[other].astype(np.float64) - b[other].astype(np.float64))
     far = np.max(far[~np.isnan(far)], initial=-np.inf)
     return (f"{other.sum()} of {other.size} entries differ, by at most {far if far >= 0 else np.nan:.3g}; "
-            f"first at {list(map(int, place))}: {np.atleast_1d(a)[place]} and {np.atleast_1d(b)[place]}")
+            f"first at {list(map(int, place))}: {a[place]} and {b[place]}")

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,9 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
-from jax import Array, lax
+from jax import Array, P, lax
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError
@@ -41,8 +40,6 @@ PARTS, LARGE = 8, 1 << 16
 # Of errors that are not the fault of what is read.
 NOT_DAMAGE = ("out of memory", "resource_exhausted", "permission_denied", "unauthenticated", "unavailable")
 ASIDE = "aside"  # the subfolder for checkpoints that a run must not read again
-
-
 # What may differ between a run and the config that resumes it: nothing of it changes what is learned.
 FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbatches", "train.remat", "train.eval_",
         "train.log_every", "train.fault.", "checkpoint.", "model.moe.dispatcher")
@@ -70,19 +67,17 @@ def checksums(arrays: dict[str, Array]) -> Array:
     other damage but for a chance of 2^-32.  No device waits for another: a collective beside those of the next step
     could block both on a CPU.
     """
-    first = next(iter(arrays.values())).sharding
-    return summing(first.mesh, tuple(x.sharding.spec for x in arrays.values()))(list(arrays.values()))
+    leaves = list(arrays.values())
+    return summing(leaves[0].sharding.mesh, tuple(x.sharding.spec for x in leaves))(leaves)
 
 
 @cache
 def summing(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[Array]], Array]:
     """jitted: arrays placed so -> what `checksums` gives."""
 
-    def device(arrays: list[Array]) -> Array:
-        return jnp.stack([share(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)])[:, None]
-
-    return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(list(specs),), out_specs=P(None, mesh.axis_names),
-                                 check_vma=False))
+    return jax.jit(jax.shard_map(
+        lambda arrays: jnp.stack([share(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)])[:, None],
+        mesh=mesh, in_specs=(list(specs),), out_specs=P(None, mesh.axis_names), check_vma=False))
 
 
 def share(x: Array, spec: P, mesh: Mesh) -> Array:
@@ -145,11 +140,7 @@ class SaveManifest(ocp.args.CheckpointArgs):
 
 
 def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
-    """What `maker` made, the checksums summed over the processes that wrote.
-
-    Raises:
-        Damaged: it is not as it was written.
-    """
+    """What `maker` made, the checksums summed over the processes that wrote.  Raises Damaged: not as it was written."""
     whole = read_part(folder, step, 0)
     for process in range(1, whole["processes"]):
         for name, one in read_part(folder, step, process)["arrays"].items():
@@ -210,16 +201,12 @@ def open_manager(folder: epath.Path, rules: configs.Checkpoint | None) -> ocp.Ch
         (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20)))
     # Random digits do not compress, and trying costs the step its cores.
     arrays = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=types)
-    handlers = {"arrays": arrays, "manifest": Manifest()}
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+    return ocp.CheckpointManager(folder, options=options, item_handlers={"arrays": arrays, "manifest": Manifest()})
 
 
 def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.ShapeDtypeStruct]) -> Any:
-    """Some arrays of a checkpoint, by name and placed as the targets say, and its manifest.
-
-    Raises:
-        Damaged: something is missing or not as it was saved.
-        ConfigError: the checkpoint holds arrays of other names, shapes or types.
+    """Some arrays of a checkpoint, by name and placed as the targets say, and its manifest.  Raises Damaged: something
+    is missing or not as it was saved; ConfigError: the checkpoint holds arrays of other names, shapes or types.
     """
     manifest = read_manifest(manager.directory, step)
     there = {name: (tuple(one["shape"]), one["dtype"]) for name, one in manifest["arrays"].items()}
@@ -227,9 +214,9 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
     differ = [f"{name} is {there.get(name, 'missing')} there and {kind} here"
               for name, kind in here.items() if there.get(name) != kind]
     if differ:
-        raise ConfigError([f"a checkpoint is read by the model that wrote it; step {step} in {manager.directory} is "
-                           f"of another: {'; '.join(differ[:3])}{' …' * (len(differ) > 3)}; undo the change of "
-                           "the config"])
+        raise ConfigError([
+            f"a checkpoint is read by the model that wrote it; step {step} in {manager.directory} is of another: "
+            f"{'; '.join(differ[:3])}{' …' * (len(differ) > 3)}; undo the change of the config"])
     arrays, sums = {}, []
     try:
         for some in portions(targets):
@@ -241,24 +228,23 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
             raise
         told = first_line(error).partition(" See full")[0]
         raise Damaged(f"it cannot be read ({type(error).__name__}: {told})") from None
-    wrong = [name for name in found if int(found[name]) != manifest["arrays"][name]["checksum"]]
-    if wrong:
+    if wrong := [name for name in found if int(found[name]) != manifest["arrays"][name]["checksum"]]:
         raise Damaged(f"{len(wrong)} of its {len(found)} arrays are not as they were saved, first {wrong[0]}")
     return arrays, manifest
 
 
 def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Arrays that Orbax saved, placed as the targets say.
-
-    Orbax's own restore gives the same, at 0.4 of this bandwidth: it reads into memory that JAX then has to copy.
+    """Arrays that Orbax saved, placed as the targets say.  Orbax's own restore gives the same, at 0.4 of this
+    bandwidth: it reads into memory that JAX then has to copy.
     """
     context = ocp.type_handlers.get_ts_context()
     stores = {name: ts.open(ocp.type_handlers.get_json_tspec_read(ocp.type_handlers.ParamInfo(
         name=name, parent_dir=folder), use_ocdbt=True), context=context, read=True) for name in targets}
+    held = {name: one.sharding.addressable_devices_indices_map(one.shape) for name, one in targets.items()}
     shards, reads = {}, []
     for name, target in targets.items():
         store = stores[name].result()
-        for index in target.sharding.addressable_devices_indices_map(target.shape).values():
+        for index in held[name].values():
             if (name, str(index)) not in shards:
                 memory = host_array(target.sharding.shard_shape(target.shape), target.dtype)
                 shards[name, str(index)] = memory
@@ -266,31 +252,26 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     for each in reads:
         each.result()
     return {name: jax.make_array_from_single_device_arrays(target.shape, target.sharding, [
-        jax.device_put(shards[name, str(index)], device)
-        for device, index in target.sharding.addressable_devices_indices_map(target.shape).items()])
+        jax.device_put(shards[name, str(index)], device) for device, index in held[name].items()])
         for name, target in targets.items()}
 
 
-def portions(arrays: dict[str, jax.ShapeDtypeStruct]) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
+def portions(arrays: dict[str, jax.ShapeDtypeStruct]) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """The arrays in order, at most AT_ONCE bytes, or one, at a time."""
-    some, size = {}, 0
+    found, left = [], 0
     for name, one in arrays.items():
-        if some and size + one.size * one.dtype.itemsize > AT_ONCE:
-            yield some
-            some, size = {}, 0
-        some[name] = one
-        size += one.size * one.dtype.itemsize
-    if some:
-        yield some
+        left -= one.size * one.dtype.itemsize
+        if not found or left < 0:
+            found.append({})
+            left = AT_ONCE - one.size * one.dtype.itemsize
+        found[-1][name] = one
+    return found
 
 
 def newest_good(manager: ocp.CheckpointManager, targets: dict[str, jax.ShapeDtypeStruct], say: Callable[[str], None],
                 before: float = math.inf) -> tuple[int, dict[str, Array], dict[str, Any]] | None:
-    """Step, arrays and manifest of the newest checkpoint up to a step that is as it was saved; None if there is none at
-    all.
-
-    Raises:
-        ConfigError: there are some, and all are damaged; or as `read`.
+    """Step, arrays and manifest of the newest checkpoint up to a step that is as it was saved; None if there is none.
+    Raises ConfigError where there are some, and all are damaged; or as `read`.
     """
     steps = sorted((step for step in manager.all_steps() if step <= before), reverse=True)
     for step in steps:
@@ -343,10 +324,10 @@ class Checkpoints:
         except Exception as error:
             self.failed(error, position.step)
 
-    def check(self, step: int) -> None:
+    def check(self, step: int, wait: bool = False) -> None:
         """Tells, after a step, if the save in the background has failed."""
         try:
-            if self.saving is not None and not self.manager.is_saving_in_progress():
+            if wait or (self.saving is not None and not self.manager.is_saving_in_progress()):
                 self.settle()
         except Exception as error:
             self.failed(error, step)
@@ -373,11 +354,7 @@ class Checkpoints:
         return f"the last good one is of step {self.newest()}" if self.newest() else "there is none before it"
 
     def finish(self, state: State, position: Position) -> None:
-        """Write the last state, and wait until it is there.
-
-        Raises:
-            SaveFailed: it could not be written in several attempts.
-        """
+        """Write the last state, and wait until it is there.  Raises SaveFailed after several attempts."""
         for pause in (0, 1, 5):
             time.sleep(pause)
             try:
@@ -396,26 +373,23 @@ class Checkpoints:
         """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""
         targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for (name, leaf), sharding in
                    zip(named(abstract), jax.tree.leaves(place), strict=True) if name != "step"}
-        try:
-            self.settle()
-        except Exception as error:
-            self.failed(error, 0)
+        self.check(0, wait=True)
         found = newest_good(self.manager, targets, self.say, before)
         if found is None:
             return None
         step, arrays, manifest = found
-        check_random(self.config, manifest)
-        differ = differences(configs.from_json(json.dumps(manifest["config"])), self.config)
-        if differ:
+        if manifest["rng"] != (here := random_kind(self.config)):
+            raise ConfigError([f"a run draws the same random numbers to its end; it began with {manifest['rng']}, and "
+                               f"this process has {here}; set JAX's options jax_default_prng_impl and "
+                               "jax_threefry_partitionable to what they were"])
+        if differ := differences(configs.from_json(json.dumps(manifest["config"])), self.config):
             raise ConfigError([f"a run goes on from its own checkpoints; those in {self.folder} are of another config "
                                f"({'; '.join(differ)}); set checkpoint.folder to another, or undo the difference"])
-        newer = [other for other in self.manager.all_steps() if other > step]
-        if newer:
+        if newer := [other for other in self.manager.all_steps() if other > step]:
             self.set_aside(newer)
         counted = jax.jit(lambda: jnp.int32(step), out_shardings=place.step)()
         leaves = [counted if name == "step" else arrays[name] for name, _ in named(abstract)]
-        return (jax.tree.unflatten(jax.tree.structure(abstract), leaves),
-                Position(step, manifest["offset"]))
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), Position(step, manifest["offset"])
 
     def set_aside(self, steps: list[int]) -> None:
         """Move checkpoints to where the run does not look."""
@@ -442,12 +416,10 @@ def maker(config: Config, position: Position, arrays: dict[str, Array], sums: Ar
 
     def make() -> dict[str, Any]:
         mine = np.sum([np.asarray(shard.data)[:, 0] for shard in sums.addressable_shards], 0, dtype=np.uint32)
-        found = dict(zip(kinds, mine, strict=True))
         return position._asdict() | {
             "processes": jax.process_count(), "tokens": position.step * config.data.batch * config.data.sequence,
-            "rng": random_kind(config),
-            "config": json.loads(configs.to_json(config)),
-            "arrays": {name: kind | {"checksum": int(found[name])} for name, kind in kinds.items()}}
+            "rng": random_kind(config), "config": json.loads(configs.to_json(config)),
+            "arrays": {name: kinds[name] | {"checksum": int(one)} for name, one in zip(kinds, mine, strict=True)}}
 
     return make
 
@@ -458,24 +430,12 @@ def random_kind(config: Config) -> dict[str, Any]:
             "partitionable": jax.config.jax_threefry_partitionable}
 
 
-def check_random(config: Config, manifest: dict[str, Any]) -> None:
-    here = random_kind(config)
-    if manifest["rng"] != here:
-        raise ConfigError([f"a run draws the same random numbers to its end; it began with {manifest['rng']}, and this "
-                           f"process has {here}; set JAX's options jax_default_prng_impl and "
-                           "jax_threefry_partitionable to what they were"])
-
-
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def write_weights(config: Config, weights: dict[str, Array]) -> None:
-    """A checkpoint of weights alone, at step 0.
-
-    Raises:
-        SaveFailed: it could not be written.
-    """
+    """A checkpoint of weights alone, at step 0.  Raises SaveFailed where it could not be written."""
     checkpoints = Checkpoints(config)
     checkpoints.begin({f"weights/{name}": value for name, value in weights.items()}, Position(0, 0))
     checkpoints.close()
@@ -484,18 +444,18 @@ def write_weights(config: Config, weights: dict[str, Array]) -> None:
 
 
 def restore_weights(
-    run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell, rules: configs.Checkpoint | None = None
+    run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell, rules: configs.Checkpoint | None = None,
+    targets: Mapping[str, jax.ShapeDtypeStruct] | None = None,
 ) -> dict[str, Array]:
-    """The newest good weights of a run, on any mesh.
+    """The newest good weights of a run, on any mesh: the model's, or those that the targets say.  The rules are the
+    run's own, where they are not those of the model's config.
 
-    Args:
-        rules: the run's own, where they are not those of the model's config.
-    Raises:
-        ConfigError: the run has no complete checkpoint, or none that is good.
+    Raises ConfigError where there is no complete checkpoint, or no good one.
     """
     folder = folder_of(rules or sharded.config.checkpoint, run_dir)
-    targets = {f"weights/{name}": jax.ShapeDtypeStruct(sharded.shapes[name], jnp.float32, sharding=place)
-               for name, place in sharded.shardings.items()}
+    targets = targets or {name: jax.ShapeDtypeStruct(sharded.shapes[name], jnp.float32, sharding=place)
+                          for name, place in sharded.shardings.items()}
+    targets = {f"weights/{name}": target for name, target in targets.items()}
     found = None
     if folder.is_dir():
         manager = open_manager(folder, None)

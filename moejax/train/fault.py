@@ -38,29 +38,27 @@ class Health(NamedTuple):
 def judge(health: Health, loss: Array, norm: Array, rules: configs.Fault) -> tuple[Array, Health]:
     """Whether a step is bad (not finite, or far above the running means), and the health after it."""
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
-    for value, mean, factor in ((loss, health.loss, rules.loss_spike), (norm, health.norm, rules.norm_spike)):
+    both = (loss, health.loss, rules.loss_spike), (norm, health.norm, rules.norm_spike)
+    for value, mean, factor in both:
         if factor is not None:
             bad |= (health.good >= WARMUP) & (value > factor * mean)
     rate = jnp.maximum(1 / (health.good + 1), 1 - MEMORY)  # the plain mean at first
-    means = (jnp.where(bad, mean, mean + rate * (value - mean))
-             for value, mean in ((loss, health.loss), (norm, health.norm)))
+    means = (jnp.where(bad, mean, mean + rate * (value - mean)) for value, mean, _ in both)
     step = bad.astype(jnp.int32)
     return bad, Health(*means, health.good + 1 - step, (health.bad + 1) * step, health.skipped + step)
 
 
 class Stop:
-    """Hears SIGTERM and SIGINT, so that a run can finish its step and save; a second one ends it at once.
-
-    Of several processes each hears its own, and JAX agrees on the step after which all of them end.
+    """Hears SIGTERM and SIGINT, so that a run can finish its step and save; a second one ends it at once.  Of several
+    processes each hears its own, and JAX agrees on the step after which all of them end.
     """
 
     def __enter__(self) -> "Stop":
         self.heard: str | None = None
-        self.before: dict[int, object] = {}
-        if threading.current_thread() is threading.main_thread():
-            # JAX itself listens to SIGTERM in a group of processes.
-            numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-            self.before = {number: signal.signal(number, self.hear) for number in numbers}
+        # JAX itself listens to SIGTERM in a group of processes.
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        main = threading.current_thread() is threading.main_thread()
+        self.before = {number: signal.signal(number, self.hear) for number in numbers if main}
         return self
 
     def __exit__(self, *error: object) -> None:

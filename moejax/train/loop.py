@@ -1,6 +1,7 @@
 """A training run from its config to its last checkpoint."""
 
 import json
+import math
 import os
 import platform
 import time
@@ -15,28 +16,21 @@ import numpy as np
 from moejax import config as configs
 from moejax.config import Config, ConfigError
 from moejax.data.batch import Batch
-from moejax.data.loader import (
-    Corpus,
-    Samples,
-    document_note,
-    open_corpus,
-    train_batch,
-    unigram_loss,
-    validation_batches,
-)
+from moejax.data.loader import Corpus, document_note, open_corpus, unigram_loss
+from moejax.data.samples import make_samples, train_batch, validation_batches
 from moejax.data.tokenizer import TOKENIZER_FILE, tokenizer_files
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
 from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
+from moejax.train.begin import beginning
 from moejax.train.checkpoint import (
     Checkpoints,
     Position,
     differences,
     first_line,
     folder_of,
-    restore_weights,
 )
 from moejax.train.evaluate import validation_loss
 from moejax.train.fault import Stop, Watchdog, tell
@@ -70,6 +64,9 @@ def train(config: Config) -> dict[str, Any]:
         PeerLost: another process of the group has ended.
     """
     began = time.perf_counter()
+    if not config.model.layers:
+        raise ConfigError(["training needs a model with layers; model.layers is 0, an image encoder alone; begin a "
+                           f"model with it by train.init={config.run_dir}"])
     schedule = schedules.make(config)
     run_dir = claim(config)
     meshes.start(config.mesh, config.train.fault.heartbeat)
@@ -79,10 +76,10 @@ def train(config: Config) -> dict[str, Any]:
         sharded = Sharded(config, meshes.make_mesh(config.mesh))
         optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
         step, evaluation = make_step(sharded, optimizer, schedule), make_evaluation(sharded)
-        samples = Samples(corpus.train, config.data.sequence, config.data.seed)
+        samples = stack.enter_context(closing(make_samples(config, corpus, "train", tell)))
         held_out = None
         if config.data.validation:
-            held_out = Samples(corpus.validation, config.data.sequence, config.data.seed)
+            held_out = stack.enter_context(closing(make_samples(config, corpus, "validation", tell)))
 
         # Restore
         watchdog.at("restoring")
@@ -108,13 +105,19 @@ def train(config: Config) -> dict[str, Any]:
         while position.step < last and signal is None:
             number = position.step + 1
             watchdog.at(f"reading the batch of step {number}")
-            batch = on_mesh(sharded.mesh, train_batch(samples, config.data.batch, position.step + position.offset))
+            began_reading, at = time.perf_counter(), position.step + position.offset
+            batch = on_mesh(sharded.mesh, train_batch(samples, config.data.batch, at))
+            for later in (1, 2):  # so that no step waits
+                samples.ahead((at + later) * config.data.batch + np.arange(config.data.batch))
+            reading = time.perf_counter() - began_reading
             watchdog.at(f"in step {number}")
             if jax.process_count() > 1 and meter.first:
                 step = together(step, state, batch)
             state, figures = advance(step, state, batch)
             position = position._replace(step=number)
-            record = meter.record(number, figures)
+            record = meter.record(number, figures, reading)
+            if config.data.images:
+                record["images_skipped"] = samples.missing
             if number == 1 and held_out is not None:
                 record["unigram_loss"] = unigram_loss(corpus.train, corpus.validation, config.model.vocab)
             if held_out is not None and (number % config.train.eval_every == 0 or number == last):
@@ -193,31 +196,6 @@ def shared_corpus(config: Config) -> Corpus:
 def begun(config: Config) -> bool:
     folder = folder_of(config.checkpoint, config.run_dir)
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
-def beginning(sharded: Sharded) -> dict[str, Any] | None:
-    """The weights of train.init, if it names a run.
-
-    Raises:
-        ConfigError: it is no run folder, or as `restore_weights`.
-    """
-    init = sharded.config.train.init
-    if not init:
-        return None
-    path = Path(init) / "config.json"
-    rule = f"train.init names a run folder; {init}"
-    if not path.is_file():
-        raise ConfigError([f"{rule} holds no config.json; name another"])
-    if '"model_type"' in path.read_text():
-        raise ConfigError([f"{rule} is a Hugging Face checkpoint; make a run of it with moejax import {init} RUN"])
-    try:
-        there = configs.from_json(path.read_text())
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
-    unlike = [what for what in differences(there, sharded.config) if what.startswith("model.")]
-    if unlike:
-        tell(f"this model is not that of {init}: {'; '.join(unlike)}")
-    return restore_weights(Path(init), sharded, rules=there.checkpoint)
 
 
 def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Position, record: dict[str, Any],
@@ -324,9 +302,13 @@ def notes(config: Config, corpus: Corpus, sharded: Sharded, start: int) -> Itera
     count, active = sharded.parameters()
     lengths = " × ".join(f"{axis} {size}" for axis, size in sharded.mesh.shape.items() if size > 1) or "one device"
     yield f"{config.name}: {count:,} parameters, {active:,} active; {lengths}; run folder {config.run_dir}"
+    frozen = sum(not sharded.trainable[name] for name in filter(sharded.learned.get, sharded.shapes))
+    if frozen:
+        trained = sum(math.prod(sharded.shapes[name]) for name in states.trained(sharded, sharded.shapes))
+        yield f"{trained:,} of the parameters are trained; {frozen} weights are frozen"
     yield f"text: {len(corpus.train):,} tokens to train on, {len(corpus.validation):,} for validation"
     note = document_note(corpus, config.data.sequence)
-    if note:
+    if note and not config.data.images:
         yield note
     if start:
         yield f"resumed after step {start}"
@@ -358,7 +340,8 @@ class Meter:
         self.productive = {at: seconds for at, seconds in self.productive.items() if at <= step}
         self.restart()
 
-    def record(self, number: int, figures: dict[str, np.ndarray]) -> dict[str, Any]:
+    def record(self, number: int, figures: dict[str, np.ndarray], reading: float) -> dict[str, Any]:
+        """Args: reading: seconds of the step that went by before its batch was there."""
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         counts = not self.first and not figures["bad"]
@@ -370,7 +353,8 @@ class Meter:
             "step": number, "loss": float(figures["loss"]), "balance_loss": float(figures["balance"]),
             "z_loss": float(figures["z"]), "grad_norm": float(figures["grad_norm"]), "lr": float(figures["lr"]),
             "bad": int(figures["bad"]), "skipped": int(figures["skipped"]),
-            "tokens": number * self.tokens, "tokens_per_s": speed, "step_s": seconds, "mfu": speed * self.utilisation,
+            "tokens": number * self.tokens, "tokens_per_s": speed, "step_s": seconds,
+            "mfu": speed * self.utilisation, "input_share": reading / seconds,
             "wall_s": now - self.began, "goodput": self.productive[number] / (now - self.began),
             "drop_fraction": (figures["dropped"] / choices[:, 0]).tolist(),
             "expert_load": (figures["load"] / choices).tolist()}

@@ -1,8 +1,7 @@
 """The record of a run: one JSON object per step in `metrics.jsonl`, mirrored to TensorBoard.
 
-The training loop writes it, in one process of the run; the report and the tests read it.  `metrics.jsonl` is
-the record and `tensorboard/` only its picture: a resume cuts the record back to the checkpoint's step, so
-that however often a run was killed, the record is that of a run that was not.
+The training loop writes it, in one process of the run; the report reads it.  A resume cuts the record back to the
+checkpoint's step, so that however often a run was killed, the record is that of a run that was not.
 """
 
 import json
@@ -10,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,14 @@ FILE = "metrics.jsonl"
 FLUSH = 10  # seconds between looks that TensorBoard may take
 
 
-class MetricsLog:
-    """Appends records to `run_dir/metrics.jsonl`.  Write a step's record before saving its checkpoint."""
+class MetricsLog(AbstractContextManager):
+    """Appends records to `run_dir/metrics.jsonl`.  Write a step's record before saving its checkpoint.
+
+    It goes on after `from_step`: what the log holds from later, or half-written, is dropped.  Without `write`, as in
+    the processes of a group that leave it to the first, nothing is written.
+    """
 
     def __init__(self, run_dir: Path, from_step: int = 0, write: bool = True):
-        """Opens the log to go on after `from_step`: what it holds from later, or half-written, is dropped.
-
-        Args:
-            write: False in the processes of a group that leave it to the first.
-        """
         self.path = Path(run_dir) / FILE if write else None
         if not write:
             return
@@ -74,7 +72,8 @@ class MetricsLog:
         try:
             if self.board is None:
                 self.begin_board(record["step"])
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(record).items()]
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(record)
+                      if isinstance(value, (int, float)) and tag != "step"]
             self.board.write_event(Event(step=record["step"], wall_time=time.time(), summary=Summary(value=values)))
             if time.monotonic() - self.flushed > FLUSH:
                 self.board.flush()
@@ -83,16 +82,12 @@ class MetricsLog:
             self.board = None
             raise
 
-    def close(self) -> None:
+    def close(self, *error: object) -> None:
         if self.path is not None and self.board is not None:
             with suppress(OSError):
                 self.board.close()
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -144,11 +139,10 @@ def cut_back(path: Path, last_step: int) -> None:
 
 def parse(line: str) -> dict[str, Any] | None:
     """The JSON object on a line; None when the line is torn."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+    with suppress(ValueError):
+        if isinstance(record := json.loads(line), dict):
+            return record
+    return None
 
 
 def strict(value: Any) -> Any:
@@ -162,16 +156,12 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record by TensorBoard tag.
+def tagged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields of a record by TensorBoard tag.
 
     A list per layer gives one tag a layer; shares per expert give each layer's busiest expert, in multiples
     of an even share (1 is balance).
     """
-    return {tag: value for tag, value in tagged(record) if isinstance(value, (int, float)) and tag != "step"}
-
-
-def tagged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in record.items():
         if not isinstance(value, list):
             yield key, value

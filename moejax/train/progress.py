@@ -18,15 +18,11 @@ WINDOW = 100  # steps over which the remaining time is estimated
 
 
 class Progress:
-    """Shows the steps from `start` to `steps`; use as a context manager.
+    """Shows the steps from `start`, that of a resumed run, to the last; use as a context manager.
 
     Args:
-        steps: the last step of the run.
-        start: the step that a resumed run goes on from.
-        plain: lines instead of a bar; None asks the terminal.
-        log_every: steps between plain lines.
+        plain: lines instead of a bar, `log_every` steps apart; None asks the terminal.
         console: where to draw; stderr when None.
-        clock: seconds, from any origin.
         shown: False shows nothing, as in the processes of a group beside the first.
     """
 
@@ -34,8 +30,8 @@ class Progress:
                  console: Console | None = None, clock: Callable[[], float] = time.monotonic, shown: bool = True):
         self.steps, self.start, self.log_every, self.clock = steps, start, log_every, clock
         self.console = console or Console(stderr=True, quiet=not shown)
-        drawable = self.console.is_terminal and not self.console.is_dumb_terminal
-        self.plain = not drawable if plain is None else plain
+        dumb = not self.console.is_terminal or self.console.is_dumb_terminal
+        self.plain = dumb if plain is None else plain
         self.validation: float | None = None
         self.seen: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)  # (step, time at its end)
         self.bar = rich.progress.Progress(
@@ -59,39 +55,30 @@ class Progress:
         if self.seen and step <= self.seen[-1][0]:  # the run has gone back
             self.seen.clear()
         self.seen.append((step, self.clock()))
-        evaluated = "validation_loss" in record
-        if evaluated:
+        if evaluated := "validation_loss" in record:
             self.validation = number(record["validation_loss"])
         text = self.figures(record)
         self.bar.update(self.task, completed=step, figures=text)
-        due = step % self.log_every == 0 or step in (self.start + 1, self.steps) or evaluated
-        if self.plain and due:
+        if self.plain and (evaluated or step % self.log_every == 0 or step in (self.start + 1, self.steps)):
             self.say(f"step {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
-        if self.console.quiet:
-            return
-        if self.plain:
-            print(text, file=self.console.file, flush=True)
-        else:
-            self.bar.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def figures(self, record: dict[str, Any]) -> str:
         parts = [f"loss {number(record.get('loss')):.4f}"]
         if self.validation is not None:
             parts.append(f"validation {self.validation:.4f}")
         parts.append(f"{number(record.get('tokens_per_s')):,.0f} tokens/s")
-        left = self.remaining()
-        if left is not None:
+        if (left := self.remaining()) is not None:
             parts.append(f"{timedelta(seconds=round(left))} left")
         return "  ".join(parts)
 
     def remaining(self) -> float | None:
         """Seconds to go, from the wall time of the latest steps; None until two have ended.
 
-        Time counts from the end of the first step, so its compilation is left out; evaluations and
-        checkpoints are part of the time between steps and so part of the estimate.
+        The first step, which compiles, is left out; evaluations and checkpoints between steps are not.
         """
         (first, began), (last, now) = self.seen[0], self.seen[-1]
         return (self.steps - last) * (now - began) / (last - first) if last > first else None

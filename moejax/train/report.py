@@ -1,16 +1,20 @@
 """The story of a run on one page: `report.html`, which needs nothing but itself, and `report.png` for a README.
 
-Reads what the training loop left in a run folder (config.json, metrics.jsonl, and where they exist
-summary.json and samples.jsonl).  The pictures are drawn once, in the colours of `COLOURS`; in the page these
-are CSS variables, so that they follow the reader's light or dark scheme.
+Reads what the training loop left in a run folder.  The pictures are drawn once, in the colours of `COLOURS`; in the
+page these are CSS variables, so that they follow the reader's light or dark scheme.
 """
 
+import base64
 import html
 import io
 import json
 import math
+import mimetypes
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ COLOURS = {  # name: (light, dark)
     "train": ("#2563eb", "#6ea0ff"), "raw": ("#93b3f6", "#41609c"), "check": ("#d9480f", "#ff8a4c"),
     "unigram": ("#7d8899", "#8b95a7")}
 INK, SOFT, LINE, TRAIN, RAW, CHECK, UNIGRAM = (light for light, _ in COLOURS.values())
-PAPER = ("#ffffff", "#151a22")
+PAGE_COLOURS = COLOURS | {"paper": ("#ffffff", "#151a22"), "wrong": ("#ffd0b8", "#7a3413")}
 # Balance is see-through, so that the map suits a light and a dark page.
 LOAD = LinearSegmentedColormap.from_list(
     "load", [(0, "#1d6fdcff"), (0.5, "#1d6fdc00"), (0.5, "#e0500a00"), (1, "#e0500aff")]).with_extremes(bad="#88888899")
@@ -38,6 +42,7 @@ DEPTH = LinearSegmentedColormap.from_list("depth", ["#0e9f8e", "#4f7df0", "#9b5d
 LAYERS = 8  # at most this many layers are drawn
 COLUMNS = 200  # of a heat map
 POINTS = 800  # of a curve
+ticks = partial(MaxNLocator, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)  # round whole numbers
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "moejax", "font.size": 10, "axes.titlesize": 10,
          "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.axisbelow": True, "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.titlecolor": INK,
@@ -76,19 +81,14 @@ class Run:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `run_dir/report.html` and `report.png`; returns the path of the page.
-
-    Raises:
-        ConfigError: `run_dir` is no run folder, or nothing has been trained in it yet.
-    """
+    """Writes report.html, whose path it returns, and report.png.  Raises ConfigError: no run folder, or not trained."""
     run_dir = Path(run_dir)
     run = read_run(run_dir)
     with matplotlib.rc_context(STYLE):
-        figures = "".join(figure(run, draw, words) for draw, words in DRAWINGS.items()
-                          if run.shown() or draw not in OF_EXPERTS)
+        text = page(run, figures(run))
         poster(run, run_dir / "report.png")
     path = run_dir / "report.html"
-    path.write_bytes(page(run, figures).encode("utf-8", "replace"))
+    path.write_bytes(text.encode("utf-8", "replace"))
     return path
 
 
@@ -117,19 +117,13 @@ def load(path: Path, read: Callable[[str], Any]) -> Any:
         raise ConfigError([f"{path} cannot be read: {str(error).strip(' -')}; restore the file"]) from None
 
 
-def runs_of(count: int, parts: int) -> list[np.ndarray]:
-    """The indices 0 .. count - 1 in at most `parts` stretches of even length."""
-    return np.array_split(np.arange(count), min(count, parts))
-
-
 def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most POINTS real points of a curve: the lowest and the highest of every stretch, so spikes stay."""
     if len(steps) <= POINTS:
         return steps, values
-    keep = [at for part in runs_of(len(steps), POINTS // 2) for at in (
-        part[np.argmin(np.nan_to_num(values[part], nan=np.inf))],
-        part[np.argmax(np.nan_to_num(values[part], nan=-np.inf))])]
-    keep = np.unique(keep)
+    keep = np.unique([part[most(np.nan_to_num(values[part], nan=far))]
+                      for part in np.array_split(np.arange(len(steps)), POINTS // 2)
+                      for most, far in ((np.argmin, np.inf), (np.argmax, -np.inf))])
     return steps[keep], values[keep]
 
 
@@ -142,11 +136,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(finite, (total[end] - total[begin]) / np.maximum(count[end] - count[begin], 1), np.nan)
 
 
-def ticks(most: int) -> MaxNLocator:
-    """Round whole numbers."""
-    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
-
-
 def curve(axes: Axes, steps: np.ndarray, values: np.ndarray, **looks: Any) -> None:
     """A line with the axes' common manners; a run of one step is a dot."""
     axes.plot(*thin(steps, values), marker="o" if len(steps) == 1 else None, markersize=5, **looks)
@@ -157,7 +146,7 @@ def curve(axes: Axes, steps: np.ndarray, values: np.ndarray, **looks: Any) -> No
 
 def draw_loss(fig: FigureBase, run: Run) -> None:
     axes, steps, loss = fig.subplots(), run.series("step"), run.series("loss")
-    validation, unigram = run.series("validation_loss"), first(run.series("unigram_loss"))
+    validation, unigram = run.series("validation_loss"), middle(run.series("unigram_loss"))
     if len(steps) > 1:
         curve(axes, steps, loss, color=RAW, linewidth=0.7)
     curve(axes, steps, smooth(loss), color=TRAIN, label="training")
@@ -173,10 +162,10 @@ def draw_loss(fig: FigureBase, run: Run) -> None:
 
 def draw_load(fig: FigureBase, run: Run) -> None:
     shown, steps, load = run.shown(), run.series("step"), run.layers("expert_load")
-    load = load * load.shape[2]  # in multiples of an even share
-    load = np.stack([load[part].mean(0) for part in runs_of(len(steps), COLUMNS)], axis=2)  # [layer, expert, column]
-    rows = [row for row, _ in shown]
-    strayed = np.abs(load[rows] - 1)[np.isfinite(load[rows])]
+    parts = np.array_split(load * load.shape[2], min(len(steps), COLUMNS))  # in multiples of an even share
+    load = np.stack([part.mean(0) for part in parts], axis=2)  # [layer, expert, column]
+    strayed = np.abs(load[[row for row, _ in shown]] - 1)
+    strayed = strayed[np.isfinite(strayed)]
     reach = np.clip(np.ceil(np.quantile(strayed, 0.99) * 10) / 10, 0.1, 1) if strayed.size else 1.0
     across = 2 if len(shown) > 1 else 1
     panels = fig.subplots(-(-len(shown) // across), across, sharex=True, sharey=True, squeeze=False)
@@ -208,14 +197,6 @@ def draw_drops(fig: FigureBase, run: Run) -> None:
     axes.legend(loc="upper right", ncols=4, handlelength=1, handletextpad=0.4, columnspacing=1)
 
 
-def draw_optimizer(fig: FigureBase, run: Run) -> None:
-    draw_pair(fig, run, lr="Learning rate", grad_norm="Gradient norm, before clipping")
-
-
-def draw_router(fig: FigureBase, run: Run) -> None:
-    draw_pair(fig, run, balance_loss="Balance loss", z_loss="Router z-loss")
-
-
 def draw_pair(fig: FigureBase, run: Run, **titles: str) -> None:
     """Two series by their key, one above the other: as they are, and smoothed."""
     steps, panels = run.series("step"), fig.subplots(2, 1, sharex=True)
@@ -233,13 +214,13 @@ def draw_pair(fig: FigureBase, run: Run, **titles: str) -> None:
 def draw_speed(fig: FigureBase, run: Run) -> None:
     axes = fig.subplots()
     curve(axes, run.series("step"), run.series("tokens_per_s"), color=TRAIN, linewidth=1)
-    axes.set(title="Tokens per second", xlabel="step")
-    axes.set_ylim(bottom=0)
+    axes.set(title="Tokens per second", xlabel="step", ylim=(0, None))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-Draw = Callable[[FigureBase, Run], None]
-DRAWINGS: dict[Draw, str] = {  # what draws it, and what it shows in words; on a wide page in two columns
+draw_optimizer = partial(draw_pair, lr="Learning rate", grad_norm="Gradient norm, before clipping")
+draw_router = partial(draw_pair, balance_loss="Balance loss", z_loss="Router z-loss")
+DRAWINGS: dict[Callable[[FigureBase, Run], None], str] = {  # and what they show; on a wide page in two columns
     draw_loss: "Training and validation loss over the steps",
     draw_drops: "Share of the tokens that no expert had room for, per MoE layer",
     draw_optimizer: "Learning rate and gradient norm over the steps",
@@ -249,19 +230,28 @@ DRAWINGS: dict[Draw, str] = {  # what draws it, and what it shows in words; on a
 OF_EXPERTS = (draw_load, draw_drops, draw_router)
 
 
-def figure(run: Run, draw: Draw, words: str) -> str:
-    """A drawing as a <figure> with inline SVG, narrow enough to stay readable on a phone."""
-    height = 1.2 + 0.55 * max(len(run.shown()), 4) if draw is draw_load else 3.4 if draw is draw_loss else 2.9
-    fig, out = Figure((5.2, height), layout="constrained"), io.StringIO()
-    draw(fig, run)
-    fig.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg"):].replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace(
-        ' xmlns="http://www.w3.org/2000/svg"', "")
-    for mark in ('id="', "url(#", 'href="#'):  # ids must differ between the figures of a page
-        svg = svg.replace(mark, f"{mark}{draw.__name__}-")
-    for name, (light, _) in COLOURS.items():
-        svg = svg.replace(light, f"var(--{name})")
+def figures(run: Run) -> str:
+    """The drawings as <figure>s with inline SVG, narrow enough to stay readable on a phone."""
+    made = ""
+    for number, (draw, words) in enumerate(DRAWINGS.items()):
+        if draw in OF_EXPERTS and not run.shown():
+            continue
+        height = 1.2 + 0.55 * max(len(run.shown()), 4) if draw is draw_load else 3.4 if draw is draw_loss else 2.9
+        fig, out = Figure((5.2, height), layout="constrained"), io.StringIO()
+        draw(fig, run)
+        fig.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        svg = out.getvalue()
+        for mark in ('id="', "url(#", 'href="#'):  # ids must differ between the figures of a page
+            svg = svg.replace(mark, f"{mark}{number}-")
+        for name, (light, _) in COLOURS.items():
+            svg = svg.replace(light, f"var(--{name})")
+        made += inline(svg, words)
+    return made
+
+
+def inline(svg: str, words: str) -> str:
+    """The text of an SVG file as a <figure> of a page."""
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg"):])
     return f'<figure>{svg.replace("<svg", f"""<svg role="img" aria-label="{words}" """, 1)}</figure>\n'
 
 
@@ -283,8 +273,8 @@ def poster(run: Run, path: Path) -> None:
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """The summary: (label, value) of what the run has."""
-    last, mesh, mfu = run.records[-1], run.config.mesh, middle(run.series("mfu"))
-    unigram = first(run.series("unigram_loss"))
+    last, mesh = run.records[-1], run.config.mesh
+    mfu, unigram = middle(run.series("mfu")), middle(run.series("unigram_loss"))
     validation = [record["validation_loss"] for record in run.records if "validation_loss" in record][-1:]
     lengths = [(axis, getattr(mesh, axis)) for axis in ("data", "fsdp", "pipeline", "expert", "tensor")]
     rows = [("Steps", f"{last['step']:,} of {run.config.train.steps:,}"),
@@ -314,10 +304,6 @@ def losses(run: Run, nats: float | None) -> str:
         return "not finite"
     bits = f"\n{nats / math.log(2):.3f} bits per byte" if run.config.data.tokenizer == "bytes" else ""
     return f"{nats:.4f} nats{bits}"
-
-
-def first(values: np.ndarray) -> float | None:
-    return next((float(value) for value in values if np.isfinite(value)), None)
 
 
 def middle(values: np.ndarray) -> float | None:
@@ -358,8 +344,13 @@ dd{margin:0;white-space:pre-line;font-variant-numeric:tabular-nums}
 main{columns:2 24rem;column-gap:1.25rem}
 figure{break-inside:avoid;margin:0 0 1.25rem;border:1px solid var(--line);border-radius:.6rem;padding:.6rem}
 svg{display:block;width:100%%;height:auto} svg text{font-family:inherit!important}
-pre{margin:0 0 1rem;padding:.8rem 1rem;border:1px solid var(--line);border-radius:.6rem;overflow-x:auto;
- white-space:pre-wrap;overflow-wrap:anywhere;font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre{margin:0 0 1rem;padding:.8rem 1rem;border:1px solid var(--line);border-radius:.6rem;overflow-x:auto}
+pre,.seen dd{white-space:pre-wrap;overflow-wrap:anywhere;
+ font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+.seen{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%%,17.5rem),1fr));gap:1.25rem}
+.seen figure{margin:0} .seen dl{display:block;margin:.5rem 0 0}
+img{display:block;width:16rem;max-width:100%%;margin:0 auto;image-rendering:pixelated}
+mark{background:var(--wrong);color:inherit;border-radius:.15rem}
 pre b{color:var(--train)} summary{cursor:pointer;font-weight:600;margin:1.5rem 0 .75rem}
 """
 
@@ -379,10 +370,11 @@ PAGE = """<!doctype html>
 
 def page(run: Run, figures: str) -> str:
     """The whole document; the policy in its head forbids scripts and anything from outside."""
-    light, dark = ("".join(f"--{name}:{pair[scheme]};" for name, pair in {**COLOURS, "paper": PAPER}.items())
-                   for scheme in (0, 1))
+    light, dark = ("".join(f"--{name}:{pair[scheme]};" for name, pair in PAGE_COLOURS.items()) for scheme in (0, 1))
     rows = "".join(f"<div><dt>{label}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts(run))
-    samples = "".join(sample(**{key: str(each.get(key, "")) for key in ("prompt", "text")}) for each in run.samples)
+    samples = "".join(sample(each) for each in run.samples if not each.get("images"))
+    seen = "".join(with_images(each) for each in run.samples if each.get("images"))
+    samples += seen and f'<div class="seen">\n{seen}</div>\n'
     return PAGE.format(name=html.escape(run.name), css=CSS % (light, dark), shape=html.escape(shape(run.config)),
                        facts=rows, figures=figures, schedule=gantt(run),
                        samples=samples and f"<h2>Samples</h2>\n{samples}", config=html.escape(run.config_text))
@@ -396,8 +388,6 @@ def gantt(run: Run) -> str:
         table = schedules.make(run.config)
     except ConfigError:  # a CSV table that is not there any more
         return ""
-    svg = table.svg().replace(' xmlns="http://www.w3.org/2000/svg"', "").replace(
-        "<svg", '<svg role="img" aria-label="What every stage does over time"', 1)
     words = (f"{schedules.describe(table)}. Time runs to the right: blue are forwards, green gradients of inputs (and "
              "of weights, where there is no orange), orange gradients of weights.")
     if run.pipeline:
@@ -405,12 +395,43 @@ def gantt(run: Run) -> str:
                   f"{run.pipeline['busy_s']:.3g} s.")
         if run.config.mesh.fake_devices:
             words += " Fake devices share the cores: what one leaves idle, another uses."
-    return f"<h2>Pipeline</h2>\n<p>{html.escape(words)}</p>\n<figure>{svg}</figure>\n"
+    return f"<h2>Pipeline</h2>\n<p>{html.escape(words)}</p>\n{inline(table.svg(), 'What every stage does over time')}"
 
 
-def sample(prompt: str, text: str) -> str:
+def shown(raw: str) -> str:
+    return html.escape("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in raw))
+
+
+def sample(found: dict[str, Any]) -> str:
     """A generated text after its prompt in bold, whether or not it repeats the prompt."""
-    def shown(raw: str) -> str:
-        return html.escape("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in raw))
-
+    prompt, text = (str(found.get(key, "")) for key in ("prompt", "text"))
     return f"<pre><b>{shown(prompt)}</b>{shown(text.removeprefix(prompt))}</pre>\n"
+
+
+def with_images(found: dict[str, Any]) -> str:
+    """Pictures beside their true text, what was read and what was guessed where they were black; or with an answer."""
+    truth, text = found.get("truth"), str(found.get("text", ""))
+    if truth is None:
+        texts = {"prompt": shown(str(found.get("prompt", ""))), "answer": shown(text)}
+    else:
+        texts = {"truth": shown(str(truth)), "read": marked(text, str(truth))}
+        texts |= {"blind": marked(str(found["blind"]), str(truth))} if "blind" in found else {}
+    rows = "".join(f"<div><dt>{label}</dt><dd>{text}</dd></div>" for label, text in texts.items())
+    return f'<figure>{"".join(map(picture, found["images"]))}<dl>{rows}</dl></figure>\n'
+
+
+def picture(path: Any) -> str:
+    """A picture file as a part of the page; nothing where it is gone."""
+    kind = mimetypes.guess_type(str(path))[0] or ""
+    if not kind.startswith("image/") or not Path(path).is_file():
+        return ""
+    return f'<img alt="" src="data:{kind};base64,{base64.b64encode(Path(path).read_bytes()).decode()}">'
+
+
+def marked(text: str, truth: str) -> str:
+    """A text with the characters marked that differ from those at the same place of the truth."""
+    parts = []
+    for wrong, stretch in groupby(enumerate(text), lambda each: truth[each[0]:each[0] + 1] != each[1]):
+        part = shown("".join(char for _, char in stretch))
+        parts.append("<mark>" + part.replace("\n", "\u23ce\n") + "</mark>" if wrong else part)
+    return "".join(parts) + "<mark>\u2026</mark>" * (len(text) < len(truth))  # it ends too early

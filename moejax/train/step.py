@@ -48,7 +48,7 @@ def objective(sharded: Sharded, weights: dict[str, Array], batch: Batch, tokens:
         share: of this microbatch on this device among all, for means over groups and tokens.
     """
     model, run = sharded.build(weights), sharded.run(training=True, key=key, rows=batch.rows)
-    output, _ = model(batch.tokens, run)
+    output, _ = model(batch.tokens, run, sight=model.see(batch.images, run))
     loss = text_loss(model, output.hidden, batch, run) / tokens
     cost, figures = router_cost(output.losses, share, sharded)
     return loss + cost, figures._replace(loss=loss)
@@ -85,7 +85,7 @@ def make_gradients(
     schedule = schedule or (schedules.make(sharded.config) if sharded.stages else None)
 
     def device(weights: dict[str, Array], batch: Batch, key: Array) -> tuple[dict[str, Array], Figures]:
-        tokens = collectives.total(jnp.sum(batch.weights), BATCH)
+        tokens = jnp.maximum(collectives.total(jnp.sum(batch.weights), BATCH), 1)
         # Marked as varying here, once, so that the sum over the batch axes is not taken in every layer and microbatch.
         fixed = {name: value for name, value in weights.items() if name not in places}
         moving = {name: collectives.vary(weights[name], missing(sharded.specs[name])) for name in places}
@@ -104,7 +104,11 @@ def make_gradients(
         gradients = {name: reduce(g, sharded.specs[name], places[name]) for name, g in gradients.items()}
         return gradients, collectives.total(figures, (*BATCH, "pipeline"))
 
-    return sharded.program(device, (Batch(*[rows(sharded.mesh.shape)] * 4), P()), (places, FIGURES_SPEC))
+    return sharded.program(device, (batch_spec(sharded), P()), (places, FIGURES_SPEC))
+
+
+def batch_spec(sharded: Sharded) -> Any:
+    return Batch(*[rows(sharded.mesh.shape)] * len(Batch._fields))
 
 
 def pipelined(
@@ -113,11 +117,11 @@ def pipelined(
 ) -> tuple[dict[str, Array], Figures]:
     """The same as `accumulate` where the layers are split over stages."""
     fixed = {name: collectives.vary(value, missing(sharded.specs[name])) for name, value in fixed.items()}
-    spread, back = jax.vjp(lambda moving: sharded.stages.spread(moving | fixed), moving)
+    run, count = sharded.run(training=True, key=key), schedule.microbatches
+    spread, back = jax.vjp(lambda moving: spread_out(sharded, moving, fixed, batch, run, count), moving)
     # What F saves waits in buffers, so not the weights; where it saves nothing, B does the part again as a whole.
-    remat = {"none": "weights", "dots": "dots", "full": "none"}[sharded.config.train.remat]
-    run = sharded.run(training=True, key=key, remat=remat)
-    parts = stage_parts(sharded.stages, spread, split(batch, schedule.microbatches), run,
+    run = replace(run, remat={"none": "weights", "dots": "dots", "full": "none"}[run.remat])
+    parts = stage_parts(sharded.stages, spread, sharded.stages.spread(fixed), split(batch, count), run,
                         lambda found: router_cost(found and found[1], share, sharded), lambda loss, _: loss / tokens)
     *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread,
                                                       save=sharded.config.train.remat != "full")
@@ -126,36 +130,55 @@ def pipelined(
         sharded.stages.of_layers(figures.dropped))
 
 
+def spread_out(
+    sharded: Sharded, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch, run: Pass, count: int
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """`Stages.spread` of the moving weights, with what there is to see as if it were one of the stage's.
+
+    The images of all microbatches are encoded before the pipeline begins, each by one stage.
+    """
+    local, shared = sharded.stages.spread(moving)
+    if batch.images is not None:
+        found = sharded.stages.see(moving | fixed, batch.images, run)
+        found = found.reshape(1, count, -1, *found.shape[1:])
+        local["sight"] = jnp.broadcast_to(found, (sharded.config.mesh.chunks, *found.shape[1:]))
+    return local, shared
+
+
 def stage_parts(
-    stages: Stages, spread: tuple[dict[str, Array], dict[str, Array]], batch: Batch, run: Pass,
+    stages: Stages, spread: tuple[dict[str, Array], dict[str, Array]],
+    fixed: tuple[dict[str, Array], dict[str, Array]], batch: Batch, run: Pass,
     of_routing: Callable[[Any], tuple[Array, Any]], of_loss: Callable[[Array, Batch], Any],
 ) -> pipeline.Parts:
     """The model as a pipeline runs it.
 
     Args:
-        spread: the weights, as `Stages.spread` gives them.
+        spread: the weights, as `spread_out` gives them; fixed: those without gradients, as `Stages.spread`.
         batch: this device's, every leaf [microbatches, …].
         of_routing: a part's (Routing, Losses) or None -> (cost, figures).
         of_loss: (a microbatch's summed loss, the microbatch) -> what its last part results in.
     """
-    local, _ = spread
+    some = pipeline.chunk(spread[0] | fixed[0], 0)  # where it does not matter which
 
     def pick(m: Array) -> Batch:
         return jax.tree.map(lambda x: x[m], batch)
 
     def first(shared: dict[str, Array], m: Array) -> Array:
-        return stages.build(pipeline.chunk(local, 0), shared).embed(pick(m).tokens, run)
+        return stages.build(some, shared | fixed[1]).embed(pick(m).tokens, run)
 
     def middle(weights: dict[str, Array], x: Array, m: Array, c: Array) -> Any:
-        x, found = stages.run(weights, spread[1], x, replace(run, rows=pick(m).rows), c)
+        part = pick(m)
+        if part.images is not None:
+            weights = weights | {"sight": weights["sight"][m]}
+        x, found = stages.run(weights, spread[1] | fixed[1], x, replace(run, rows=part.rows), c, part.images)
         cost, figures = of_routing(found)
         return (x, cost), figures
 
     def last(shared: dict[str, Array], y: Array, m: Array) -> Any:
-        model = stages.build(pipeline.chunk(local, 0), shared)
+        model = stages.build(some, shared | fixed[1])
         return of_loss(text_loss(model, model.norm(y), pick(m), run), pick(m))
 
-    return pipeline.Parts(first, middle, last)
+    return pipeline.Parts(first, middle, last, fixed[0])
 
 
 def split(batch: Batch, count: int) -> Batch:
@@ -230,7 +253,7 @@ def make_update(sharded: Sharded, optimizer: optax.GradientTransformation) -> Ca
 def balanced(sharded: Sharded, weights: dict[str, Array], load: Array) -> dict[str, Array]:
     """Biases of overloaded experts go down and of idle ones up, by a fixed step (arXiv 2408.15664, algorithm 1)."""
     moe = sharded.config.model.moe
-    if moe.router != "sigmoid":
+    if moe.router != "sigmoid" or "text" in sharded.config.train.freeze:
         return {}
     return {name: weights[name] + moe.bias_rate * jnp.sign(jnp.mean(mine, -1, keepdims=True) - mine)
             for name, layers in transformer.moe_layers(sharded.config.model).items()
@@ -248,10 +271,11 @@ def make_evaluation(sharded: Sharded) -> Callable[[dict[str, Array], Batch], tup
                                          lambda loss, part: (loss, jnp.sum(part.weights)))
         else:
             model = sharded.build(weights)
-            found = text_loss(model, model(batch.tokens, run)[0].hidden, batch, run), jnp.sum(batch.weights)
+            output, _ = model(batch.tokens, run, sight=model.see(batch.images, run))
+            found = text_loss(model, output.hidden, batch, run), jnp.sum(batch.weights)
         return collectives.total(found, (*BATCH, "pipeline"))
 
-    return jax.jit(sharded.program(device, (Batch(*[rows(sharded.mesh.shape)] * 4),), (P(), P())))
+    return jax.jit(sharded.program(device, (batch_spec(sharded),), (P(), P())))
 
 
 def pipeline_forwards(sharded: Sharded, weights: dict[str, Array], batch: Batch, run: Pass,
@@ -259,6 +283,6 @@ def pipeline_forwards(sharded: Sharded, weights: dict[str, Array], batch: Batch,
     """One device's part of a forward pass through the pipeline, as `pipeline.forwards` returns it."""
     mesh, count = sharded.config.mesh, sharded.config.train.microbatches
     weights = {name: collectives.vary(value, missing(sharded.specs[name])) for name, value in weights.items()}
-    spread = sharded.stages.spread(weights)
-    parts = stage_parts(sharded.stages, spread, split(batch, count), run, of_routing, of_loss)
+    spread = spread_out(sharded, weights, {}, batch, run, count)
+    parts = stage_parts(sharded.stages, spread, ({}, {}), split(batch, count), run, of_routing, of_loss)
     return pipeline.forwards(schedules.forwards(mesh.pipeline, count, mesh.chunks), parts, *spread)

@@ -15,7 +15,8 @@ import numpy as np
 from startup import MOEJAX, until_line
 
 from moejax.config import Checkpoint, Config, Data, Model, MoE, load_config
-from moejax.data.loader import Samples, open_corpus, train_batch
+from moejax.data.loader import open_corpus
+from moejax.data.samples import Samples, train_batch
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
 from moejax.parallel.memory import host_array

@@ -26,7 +26,7 @@ def fill(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 def read(*named) -> list[tuple[str, str]]:
     files, problems = find_files([str(source) for source in named])
-    return list(documents(files, problems))
+    return [(document.name, document.text) for document in documents(files, problems)]
 
 
 def problems_of(*named) -> list[str]:
@@ -125,7 +125,7 @@ def test_a_bad_file_is_named_with_the_rule_and_the_repair(tmp_path, name):
     (problem,) = problems_of(tmp_path / name)
     assert str(tmp_path / name) in problem and said in problem
     assert problem.startswith(("every text file must be UTF-8; ", "every file of data.sources must be readable; ",
-                               'every line of a .jsonl must be a JSON object with a "text" string; '))
+                               'every line of a .jsonl must be a JSON object with a "text" string or "parts"; '))
 
 
 def test_a_source_without_text(tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_every_bad_line_is_named_up_to_a_limit(tmp_path):
 def test_after_a_problem_nothing_more_is_yielded(tmp_path):
     fill(tmp_path, {"a.txt": "A", "b.txt": b"\xff", "c.txt": "C"})
     stream = documents(find_files([str(tmp_path)])[0])
-    assert next(stream) == ("a.txt", "A")
+    assert next(stream) == ("a.txt", ("A",))
     with pytest.raises(ConfigError, match=r"b\.txt has byte 0xff at byte offset 0"):
         next(stream)
 

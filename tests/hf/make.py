@@ -7,6 +7,10 @@ tests/fixtures.  Each folder holds config.json, model.safetensors and reference.
     router_topk_index_i, router_topk_weights_i "B*T A" (i counts the MoE layers; in no order within a token),
     aux_loss (where the class has one), gen_input "B T", gen_tokens "B new" (greedy).
 
+Those of image encoders are pixels "N 3 S S" (normalised), hidden "N P W", pooled "N W" (where there is one), and with
+`large_` before them of a larger image with interpolated positions.  Idefics has input_ids, pixels "B I 3 S S",
+looks "B T I", logits, hidden_last and image_hidden "B I O W".
+
 Everything is float32 on the CPU, with eager attention and eager experts.
 """
 
@@ -78,6 +82,83 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         n_group=1, topk_group=1, q_lora_rank=None, num_mtp_layers=0)),
 }
 
+SEEING = dict(hidden_size=24, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, image_size=30,
+              patch_size=7, layer_norm_eps=1e-3)  # of 30 the last 2 rows and columns belong to no patch
+READING = dict(vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+LOOKING = dict(vocab_size=64, hidden_size=24, intermediate_size=28, num_attention_heads=4, rms_norm_eps=1e-3,
+               max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+IDEFICS_SEEING = dict(embed_dim=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, image_size=22,
+                      patch_size=7, hidden_act="gelu", layer_norm_eps=1e-3)
+
+# name -> (class, config class, keyword arguments)
+IMAGES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "clip_vision_gelu": ("CLIPVisionModel", "CLIPVisionConfig", SEEING | dict(hidden_act="gelu")),
+    "siglip_vision": ("SiglipVisionModel", "SiglipVisionConfig", SEEING),
+    "siglip_vision_plain": ("SiglipVisionModel", "SiglipVisionConfig", SEEING | dict(
+        vision_use_head=False, hidden_act="relu", image_size=29)),
+    "clip": ("CLIPModel", "CLIPConfig", dict(
+        vision_config=SEEING, text_config=READING | dict(eos_token_id=3), projection_dim=12)),
+    "siglip": ("SiglipModel", "SiglipConfig", dict(
+        vision_config=SEEING, text_config=READING)),
+    "idefics_vector": ("IdeficsForVisionText2Text", "IdeficsConfig", LOOKING | dict(
+        num_hidden_layers=6, cross_layer_interval=3, additional_vocab_size=4, alpha_type="vector", qk_layer_norms=True,
+        use_resampler=True, tie_word_embeddings=True, vision_config=IDEFICS_SEEING, perceiver_config=dict(
+            use_resampler=True, qk_layer_norms_perceiver=True, resampler_depth=3, resampler_head_dim=10,
+            resampler_n_heads=2, resampler_n_latents=5))),
+    "idefics_plain": ("IdeficsForVisionText2Text", "IdeficsConfig", LOOKING | dict(
+        num_hidden_layers=2, cross_layer_interval=1, use_resampler=False, vision_config=IDEFICS_SEEING | dict(
+            hidden_act="quick_gelu"))),
+}
+
+
+def make_images(name: str, folder: Path, seed: int = 0, **changes: Any) -> dict[str, float]:
+    """As `make`, without choices that could be close calls."""
+    kind, config, values = IMAGES[name]
+    transformers.utils.logging.disable_progress_bar()
+    model = getattr(transformers, kind)._from_config(getattr(transformers, config)(**values | changes))
+    fill(model, seed)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    model, draw = load_images(folder), torch.Generator().manual_seed(seed)
+    size = getattr(model.config, "vision_config", model.config).image_size
+    if not kind.startswith("Idefics"):
+        inputs = {prefix: torch.randn(3, 3, side, side, generator=draw) for prefix, side in (
+            ("", size), ("large_", size + 14))}
+        reference = {f"{prefix}pixels": pixels for prefix, pixels in inputs.items()}
+        for prefix, pixels in inputs.items():
+            reference |= {f"{prefix}{key}": value for key, value in look(model, pixels, bool(prefix)).items()}
+    else:
+        count = model.config.vocab_size + model.config.additional_vocab_size
+        reference = {"input_ids": torch.randint(count, (BATCH, LENGTH), generator=draw),
+                     "pixels": torch.randn(BATCH, 2, 3, size, size, generator=draw)}
+        looks = torch.zeros(BATCH, LENGTH, 2, dtype=torch.int64)
+        looks[0, 3:11, 0], looks[0, 11:, 1], looks[1, 5:, 1] = 1, 1, 1
+        reference["looks"] = looks
+        reference |= read(model, reference)
+    np.savez_compressed(folder / "reference.npz", **{key: value.numpy() for key, value in reference.items()})
+    return {"seed": seed}
+
+
+def load_images(folder: Path) -> Any:
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, kind).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def look(model: Any, pixels: torch.Tensor, interpolate: bool) -> dict[str, torch.Tensor]:
+    out = getattr(model, "vision_model", model)(pixels, interpolate_pos_encoding=interpolate)
+    pooled = {} if out.pooler_output is None else {"pooled": out.pooler_output}
+    return {"hidden": out.last_hidden_state} | pooled
+
+
+@torch.no_grad()
+def read(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tokens, pixels, looks = (torch.as_tensor(inputs[key]) for key in ("input_ids", "pixels", "looks"))
+    out = model.model(tokens, pixel_values=pixels, image_attention_mask=looks, use_cache=False)
+    return {"logits": model.lm_head(out.last_hidden_state), "hidden_last": out.last_hidden_state,
+            "image_hidden": out.image_hidden_states}
+
 
 def make(name: str, folder: Path, seed: int = 0, **changes: Any) -> dict[str, float]:
     """The checkpoint and its reference of the first seed from `seed` whose choices are no close calls; its margins."""
@@ -110,9 +191,9 @@ def fill(model: torch.nn.Module, seed: int) -> None:
         name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
     for name, value in arrays.items():
         noise = torch.randn(value.shape, generator=draw)
-        if name.endswith("norm.weight"):
+        if re.search(r"(norm\d?|\.ln)\.weight$", name):
             value.copy_(1 + 0.3 * noise)
-        elif name.endswith("sinks"):
+        elif name.endswith("sinks") or ".alpha_" in name:
             value.copy_(noise)
         else:
             value.copy_(noise * (0.3 if re.search(r"(gate|router)\.weight$|correction_bias", name) else 0.15))
@@ -184,9 +265,9 @@ def clearness(router: Any, logits: torch.Tensor) -> float:
 
 
 def main(names: list[str]) -> None:
-    for name in names or CASES:
+    for name in names or [*CASES, *IMAGES]:
         with tempfile.TemporaryDirectory() as place:
-            margins = make(name, Path(place) / name)
+            margins = (make if name in CASES else make_images)(name, Path(place) / name)
             shutil.copytree(Path(place) / name, FIXTURES / name, dirs_exist_ok=True)
         size = sum(path.stat().st_size for path in (FIXTURES / name).iterdir())
         print(json.dumps({"name": name, "bytes": size} | margins), flush=True)

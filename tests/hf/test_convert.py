@@ -194,7 +194,8 @@ def test_a_config_that_is_no_json_object(text, published, refused):
 def test_an_unknown_family(name, published, refused):
     problem, = refused("import", published(model_type=name))
     assert problem == ("model_type is one of llama, mistral, mixtral, qwen2_moe, qwen3_moe, olmoe, phimoe, granitemoe, "
-                       f"gpt_oss, deepseek_v3; HERE/config.json has {name!r}")
+                       "gpt_oss, deepseek_v3, clip_vision_model, siglip_vision_model, idefics, clip, siglip; "
+                       f"HERE/config.json has {name!r}")
 
 
 def test_keys_that_must_be_there(published, refused):
@@ -514,7 +515,7 @@ def test_training_begins_with_the_imported_weights(tmp_path, capfd):
     assert "resumed after step 1" in capfd.readouterr().err
     fresh = tmp_path / "other"
     for init, change, message in (
-            (run, "model.layers=3", "a checkpoint is read by the model that wrote it; "),
+            (run, "model.layers=3", "a run begins with weights of a model like its own; "),
             (tmp_path / "none", "train.steps=1", f"{tmp_path / 'none'} holds no config.json"),
             (tmp_path / "published", "train.steps=1", f"moejax import {tmp_path / 'published'} RUN")):
         assert main([*command, f"train.init={init}", f"run_dir={fresh}", change]) == 2

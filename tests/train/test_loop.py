@@ -29,8 +29,8 @@ from moejax.train.loop import Diverged, claim, train
 from moejax.train.metrics import read_events, read_lines, read_metrics
 
 KEYS = {"step", "loss", "balance_loss", "z_loss", "grad_norm", "lr", "bad", "skipped", "tokens", "tokens_per_s", "mfu",
-        "drop_fraction", "expert_load", "step_s", "wall_s", "goodput"}
-TIMES = {"tokens_per_s", "mfu", "step_s", "wall_s", "goodput"}
+        "drop_fraction", "expert_load", "step_s", "wall_s", "goodput", "input_share"}
+TIMES = {"tokens_per_s", "mfu", "step_s", "wall_s", "goodput", "input_share"}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The report of a run: the numbers it states, what it draws, and that the page needs and runs nothing from outside."""
 
+import base64
 import json
 import math
 import re
@@ -47,7 +48,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += attributes
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "img"):
             self.open.append(tag)
             self.texts.setdefault(tag, []).append("")
 
@@ -269,3 +270,32 @@ def test_a_table_that_is_gone_leaves_the_rest_of_the_report(tmp_path):
     (run / "config.json").write_text(to_json(Config(mesh=Mesh(pipeline=2, schedule="gone.csv"))))
     report.write_report(run)
     assert "Bubble, counted" not in Page((run / "report.html").read_text("utf-8")).facts
+
+
+def with_pictures(tmp_path, *samples):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG of <nothing>")
+    run = a_run(tmp_path / "run", samples=[{"prompt": "def ", "text": "f()"}, *(
+        {"prompt": "<image>", "images": [str(tmp_path / "a.png")]} | each for each in samples)])
+    return Page(report.page(report.read_run(run), ""))
+
+
+def test_a_picture_stands_beside_its_truth_and_what_was_read(tmp_path):
+    page = with_pictures(tmp_path, {"truth": "<b> = 1", "text": "<b> = 7&\n", "blind": "<i>"})
+    links = [value for name, value in page.attributes if name == "src"]
+    assert page.tags.count("img") == 1 and links == [
+        "data:image/png;base64," + base64.b64encode(b"\x89PNG of <nothing>").decode()]
+    assert page.texts["dd"][-3:] == ["<b> = 1", "<b> = 7&\u23ce\n", "<i>\u2026"]
+    assert page.texts["mark"] == ["7&\u23ce\n", "i", "\u2026"]
+    assert page.texts["pre"][0] == "def f()"
+    assert "<image>" not in page.texts["pre"][-1]
+
+
+def test_a_picture_that_is_gone_leaves_the_texts(tmp_path):
+    page = with_pictures(tmp_path, {"images": ["gone.png", str(tmp_path), str(tmp_path / "run" / "config.json")],
+                                    "truth": "x", "text": "x"})
+    assert "img" not in page.tags and page.texts["dd"][-2:] == ["x", "x"] and "mark" not in page.tags
+
+
+def test_an_answer_about_a_picture_has_no_truth_to_differ_from(tmp_path):
+    page = with_pictures(tmp_path, {"prompt": "What is this? <image>", "text": "a <cat>"})
+    assert page.texts["dd"][-2:] == ["What is this? <image>", "a <cat>"] and "mark" not in page.tags

@@ -54,7 +54,7 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
     """The start, with a bias in the first MoE layer that overloads two experts, so that tokens are dropped."""
-    made = jax.device_get(on(ONE).init(0))
+    made = jax.device_get(on(ONE).init(1))
     return made | {BIAS: np.array([[0.3, 0.0, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0]], np.float32)}
 
 

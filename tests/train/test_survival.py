@@ -24,7 +24,7 @@ from moejax.train.checkpoint import Checkpoints, flat, folder_of
 from moejax.train.metrics import read_metrics
 from moejax.train.optimizer import make_optimizer
 
-TIMES = {"tokens_per_s", "mfu", "step_s", "wall_s", "goodput"}
+TIMES = {"tokens_per_s", "mfu", "step_s", "wall_s", "goodput", "input_share"}
 STEPS, EVERY = 60, 3
 
 

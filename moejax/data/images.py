@@ -1,0 +1,264 @@
+"""Files of images and videos to square arrays of pixels, in this process or in others beside it.
+
+Bottom of the data package.  `decode` reads one file, `read_images` several for generation; `Decoders` are the
+processes that decode for training.  Files come from anywhere: what cannot be used is a reason, never an exception.
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from moejax.config import ConfigError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others: some of Pillow's run programs
+FILMS = {"format_whitelist": "mov,matroska,avi"}  # no others: playlists name further files
+PIXELS = 2**26  # of one picture or frame; more is taken for an attack
+BYTES = 2**30  # of one file that is read as a whole
+SKIP = 10.0  # seconds of a video from which on to jump is quicker than to decode
+WORKERS = 4  # processes at most
+DIED = (OSError, EOFError, pickle.UnpicklingError)  # what one that has died makes of an exchange
+ORIENTATION = 0x0112  # of EXIF, and what undoes each
+TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+ROTATIONS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+Pixels = UInt8[np.ndarray, "frames S S 3"]
+
+
+class Ref(NamedTuple):
+    """Where an image is."""
+
+    name: str  # as the document has it
+    path: str  # of the file, or of the .tar that it is in
+    offset: int  # bytes before it
+    size: int  # in bytes; -1 is to the end of the file
+    video: bool
+
+
+def decode(ref: Ref, size: int, fit: str, frames: int, rate: float) -> Pixels | str:
+    """A picture, or `rate` frames of a second of a video and at most `frames`, as squares; or why there is none."""
+    try:
+        if not os.path.isfile(ref.path):  # a pipe would never end
+            return "there is no such file"
+        with open(ref.path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about files that it can read nevertheless
+            if ref.video and ref.size < 0:
+                return film(file, size, fit, frames, rate)
+            file.seek(ref.offset)
+            data = file.read(min(ref.size, BYTES + 1) if ref.size >= 0 else BYTES + 1)
+            if len(data) > BYTES:
+                return f"it has more than {BYTES} bytes"
+            if len(data) < ref.size:
+                return "the .tar ends in the middle of it"
+            source = io.BytesIO(data)
+            return film(source, size, fit, frames, rate) if ref.video else picture(source, size, fit)[None]
+    except UnidentifiedImageError:
+        return f"it is not a picture ({', '.join(FORMATS)})"
+    except Exception as error:  # whatever a library may raise about a stranger's file
+        return str(error).split("\n")[0] or type(error).__name__
+
+
+def picture(source: io.BufferedIOBase, size: int, fit: str) -> UInt8[np.ndarray, "S S 3"]:
+    """Raises whatever Pillow does; ValueError if it has too many pixels."""
+    image = Image.open(source, formats=FORMATS)
+    check_size(*image.size)  # which nothing is decoded for
+    if image.format in ("JPEG", "MPO"):  # shrinks as it decodes, to no less than twice the size
+        width, height = scaled(*image.size, size, fit)
+        image.draft(None, (2 * width, 2 * height))
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # damage there is none of the picture
+        turn = None
+    return square(image, turn, size, fit)
+
+
+def check_size(width: int, height: int) -> None:
+    if width * height > PIXELS or min(width, height) < 1:
+        raise ValueError(f"it has {width} x {height} pixels; {PIXELS} are the most")
+
+
+def scaled(width: int, height: int, size: int, fit: str) -> tuple[int, int]:
+    """What a picture is resized to before its centre is cut out: its shorter side to `size`, or both sides."""
+    if fit == "squash":
+        return size, size
+    shorter = min(width, height)
+    return size * width // shorter, size * height // shorter
+
+
+def square(image: Image.Image, turn: Image.Transpose | None, size: int, fit: str) -> UInt8[np.ndarray, "S S 3"]:
+    """The centre is cut out in the same step as it is resized: a line of 1 x 100000 pixels must not become large."""
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):  # 16 bits of grey
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    clear = image.has_transparency_data
+    if image.mode != (mode := "RGBA" if clear else "RGB"):
+        image = image.convert(mode)
+    width, height = scaled(*image.size, size, fit)
+    left, top = (width - size) // 2, (height - size) // 2
+    across, down = image.width / width, image.height / height
+    box = (left * across, top * down, min((left + size) * across, image.width), min((top + size) * down, image.height))
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    if clear:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.array(image)
+
+
+def film(source: io.BufferedIOBase, size: int, fit: str, frames: int, rate: float) -> Pixels | str:
+    """Frames from the middles of equal parts of a video.  Raises whatever PyAV does."""
+    try:
+        import av  # an optional extra
+    except ImportError:
+        return "a video needs the optional package av, which is not installed; pip install av"
+    try:
+        container = av.open(source, options=FILMS, metadata_errors="replace")
+    except av.FFmpegError:
+        return f"it is not a video ({', '.join(ending[1:] for ending in VIDEOS)})"
+    with container:
+        if not container.streams.video:
+            return "it has no video, only sound"
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            return "nothing here decodes its kind of video"
+        check_size(stream.codec_context.width, stream.codec_context.height)
+        stream.codec_context.thread_count = 1  # the processes are the threads
+        start, length = span(container, stream)
+        count = max(1, min(frames, round(length * rate)))
+        times = [start + (part + 0.5) * length / count for part in range(count)]
+        return np.stack([square(frame.to_image(), ROTATIONS.get(frame.rotation % 360), size, fit)
+                         for frame in shown(container, stream, times)])
+
+
+def span(container: Any, stream: Any) -> tuple[float, float]:
+    """The start and the length of a video in seconds; a file that does not say is read through, not decoded."""
+    start = float((stream.start_time or 0) * stream.time_base)
+    if stream.duration:
+        return start, float(stream.duration * stream.time_base)
+    if container.duration:
+        return start, container.duration / 1e6  # av.time_base
+    last = max((one.pts + (one.duration or 0) for one in container.demux(stream) if one.pts is not None), default=0)
+    container.seek(0)
+    return start, max(float(last * stream.time_base) - start, 0.0)
+
+
+def shown(container: Any, stream: Any, times: Sequence[float]) -> Iterator[Any]:
+    """The frame on the screen at each of ascending times, one in memory at a time.  Raises ValueError without any."""
+    coming = container.decode(stream)
+    now, after = None, next(coming, None)
+    for time in times:
+        if after is not None and after.time < time - SKIP:
+            container.seek(int(time / stream.time_base), stream=stream)  # to a key frame before
+            coming = container.decode(stream)
+            now, after = None, next(coming, None)
+        while after is not None and after.time <= time:
+            now, after = after, next(coming, None)
+        if (frame := now or after) is None:
+            raise ValueError("it has no frames")
+        check_size(frame.width, frame.height)
+        yield frame
+
+
+def read_images(names: Sequence[str | Path], size: int, fit: str, frames: int, rate: float) -> list[Pixels]:
+    """The images of files; one that ends as a video is one.  Raises ConfigError with all that cannot be used."""
+    refs = [Ref(str(name), os.path.expanduser(name), 0, -1, str(name).lower().endswith(VIDEOS)) for name in names]
+    found = [decode(ref, size, fit, frames, rate) for ref in refs]
+    problems = [f"an image must be a file that can be read; {ref.name} is not ({why}); repair it, or name another"
+                for ref, why in zip(refs, found, strict=True) if isinstance(why, str)]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+class Decoders:
+    """Up to WORKERS processes that decode, each started when first needed.
+
+    They run this file alone, whatever the main program is, and end when their input does, so that none outlives this
+    process however it ends.  (Those of concurrent.futures run the main program again and may outlive it.)
+    """
+
+    def __init__(self):
+        count = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        self.threads = ThreadPoolExecutor(count, "decode")
+        self.idle: SimpleQueue[subprocess.Popen | None] = SimpleQueue()
+        self.running: set[subprocess.Popen] = set()
+        self.lock = threading.Lock()  # of what is decoded here
+        for _ in range(count):
+            self.idle.put(None)  # not started
+
+    def submit(self, *job: Any) -> Future:
+        """Of what `decode` returns."""
+        return self.threads.submit(self.run, job)
+
+    def run(self, job: tuple) -> Pixels | str:
+        worker = self.idle.get()
+        try:
+            for _ in range(2):
+                if worker is None and (worker := self.start()) is None:
+                    with self.lock:
+                        return decode(*job)
+                try:
+                    return exchange(worker, job)
+                except DIED:
+                    worker = self.end(worker)
+            return "the process that decodes it has died of it twice"
+        finally:
+            self.idle.put(worker)
+
+    def start(self) -> subprocess.Popen | None:
+        """A process that is ready; None if there can be none."""
+        code = f"import sys; sys.path[:] = {sys.path!r}; from moejax.data.images import serve; serve()"
+        worker = None
+        try:
+            # in a group of its own: Ctrl-C in the terminal is for the training process
+            worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      process_group=0)
+            self.running.add(worker)
+            pickle.load(worker.stdout)
+        except DIED:
+            return worker and self.end(worker)
+        return worker
+
+    def end(self, worker: subprocess.Popen) -> None:
+        worker.kill()
+        worker.communicate()  # closes both pipes, whatever is left in them
+        self.running.discard(worker)
+
+    def close(self) -> None:
+        """What is not decoded yet never will be."""
+        self.threads.shutdown(cancel_futures=True)
+        for worker in list(self.running):
+            self.end(worker)
+
+
+def exchange(worker: subprocess.Popen, job: tuple) -> Pixels | str:
+    pickle.dump(job, worker.stdin)
+    worker.stdin.flush()
+    return pickle.load(worker.stdout)
+
+
+def serve() -> None:
+    """What a process of `Decoders` does, until its input ends."""
+    with os.fdopen(os.dup(1), "wb") as answers, open(0, "rb", closefd=False) as jobs:
+        os.dup2(2, 1)  # nothing else may write between the answers
+        answer = "ready"
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            while True:
+                pickle.dump(answer, answers)
+                answers.flush()
+                answer = decode(*pickle.load(jobs))
+        os._exit(0)

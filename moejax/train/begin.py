@@ -1,0 +1,111 @@
+"""The weights a run begins with: fresh ones, or those of other runs, whose layers may be stacked in another way and
+which may have more or less than this model: a text model's begin one that sees, and the other way round.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding
+
+from moejax import config as configs
+from moejax.config import Config, ConfigError
+from moejax.model import transformer, weights
+from moejax.model.sharded import Sharded
+from moejax.model.stages import prefix_of
+from moejax.model.weights import group
+from moejax.parallel import axes
+from moejax.train.checkpoint import differences, restore_weights
+from moejax.train.fault import tell
+
+
+def beginning(sharded: Sharded) -> dict[str, Array] | None:
+    """The weights of train.init, if it names runs: each weight from the first that has it, and fresh where none has.
+
+    Raises:
+        ConfigError: one is no run folder, or has nothing of this model, or as `adopt`.
+    """
+    found: dict[str, Array] = {}
+    folders = [Path(name.strip()) for name in sharded.config.train.init.split(",") if name.strip()]
+    if not folders:
+        return None
+    there = {folder: config_of(folder) for folder in folders}
+    for folder, config in there.items():
+        unlike = [what for what in differences(config, sharded.config) if what.startswith("model.")]
+        if unlike:
+            tell(f"this model is not that of {folder}: {'; '.join(unlike)}")
+        found = adopt(folder, config, sharded) | found
+    fresh = [name for name in sharded.shapes if name not in found]
+    if fresh:
+        groups = ", ".join(sorted({group(name) for name in fresh}))
+        tell(f"{len(fresh)} of {len(sharded.shapes)} weights are in none of {', '.join(map(str, folders))} and start "
+             f"fresh ({groups})")
+    return found | sharded.init(sharded.config.train.seed, fresh)
+
+
+def config_of(folder: Path) -> Config:
+    """The config of a run folder.  Raises ConfigError where it is none."""
+    path, rule = folder / "config.json", f"train.init names run folders; {folder}"
+    if not path.is_file():
+        raise ConfigError([f"{rule} holds no config.json; name another"])
+    if '"model_type"' in path.read_text():
+        raise ConfigError([f"{rule} is a Hugging Face checkpoint; make a run of it with moejax import {folder} RUN"])
+    try:
+        return configs.from_json(path.read_text())
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+
+
+def adopt(folder: Path, there: Config, sharded: Sharded) -> dict[str, Array]:
+    """Those weights of this model that a run of another config has: all of text, cross, encoder or resampler, or none.
+
+    Raises:
+        ConfigError: it has nothing, or a part of one of these, or other sizes; or as `restore_weights`.
+    """
+    old = weights.flatten(transformer.abstract(there.model))
+    at = {layer: (prefix, row) for prefix, layers in transformer.stacks(there.model).items()
+          for row, layer in enumerate(layers)}
+    mine, sources = transformer.stacks(sharded.config.model), {}
+    for name in sharded.shapes:
+        prefix, layered = prefix_of(name), name.startswith("runs.")
+        found = [at.get(layer) for layer in mine[prefix]] if layered else [(name, None)]
+        found = [each and (each[0] + name.removeprefix(prefix) * layered, each[1]) for each in found]
+        if all(each and each[0] in old for each in found):
+            sources[name] = found
+    if not sources:
+        raise ConfigError([f"a run begins with weights of another that has some of its own; {folder} has none; take it "
+                           "out of train.init"])
+    lacks = [name for name in sharded.shapes if name not in sources]
+    wrong = [f"of {part} it has some weights and lacks {next(name for name in lacks if group(name) == part)}"
+             for part in sorted({group(name) for name in sources} & {group(name) for name in lacks})]
+    targets = {}
+    for name, rows in sources.items():
+        for source in dict.fromkeys(source for source, _ in rows):
+            shape, cut = old[source].shape, name.startswith("runs.")
+            if shape[cut:] != sharded.shapes[name][cut:]:
+                wrong.append(f"{name} has {shape}, and {sharded.shapes[name]} here")
+            elif shape == sharded.shapes[name]:
+                targets[source] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharded.shardings[name])
+            else:
+                place = axes.spec(old[source].axes, shape, dict(sharded.mesh.shape) | {"pipeline": 1})
+                targets[source] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(sharded.mesh, place))
+    if wrong:
+        raise ConfigError([f"a run begins with weights of a model like its own; in {folder} {'; '.join(wrong[:3])}"
+                           f"{' …' * (len(wrong) > 3)}; set the model's fields to those of {folder}/config.json"])
+    values = restore_weights(folder, sharded, rules=there.checkpoint, targets=targets)
+    return {name: restack(name, rows, values, sharded) for name, rows in sources.items()}
+
+
+def restack(name: str, rows: list[tuple[str, int | None]], values: dict[str, Array], sharded: Sharded) -> Array:
+    """A weight of this model out of rows of others."""
+    sources = list(dict.fromkeys(source for source, _ in rows))
+    if len(sources) == 1 and [row for _, row in rows] in ([None], list(range(len(values[sources[0]])))):
+        return jax.device_put(values[sources[0]], sharded.shardings[name])
+    begin = {source: sum(len(values[other]) for other in sources[:i]) for i, source in enumerate(sources)}
+    index = [begin[source] + row for source, row in rows]
+
+    def take(*stacks: Array) -> Array:
+        return jnp.take(jnp.concatenate(stacks), jnp.asarray(index), 0)
+
+    return jax.jit(take, out_shardings=sharded.shardings[name])(*(values[source] for source in sources))
