@@ -3,6 +3,10 @@
     moejax train configs/vision_demo.py   # or `make demo-vision`, which also reads test pictures, seen and blacked out
 
 The 20,000 pictures are rendered when the config is read for the first time (launch/render.py, into runs/pictures).
+
+Hardware: 2 fake devices on 2 CPU cores, 49 min beside other work (2026-11-22; a step took 0.42 s at best).  Result, of
+200 test pictures: 99.1 % of the characters of sources are exact (1.5 % with the picture blacked out) and 95.9 % of the
+sources whole; of formulas 51.5 % (0.3 %), and none whole.  Validation loss 0.19 nats per byte, a unigram model's 3.78.
 """
 
 import runpy

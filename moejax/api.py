@@ -106,6 +106,8 @@ class Model:
         shards, group, problems = self.config.mesh.batch_shards(), self.config.model.moe.group, []
         if not self.config.model.layers:
             raise configs.ConfigError(["tokens are for a model with layers; this is an image encoder alone; use see"])
+        if images is not None and not self.config.model.cross:
+            problems.append("images are for a model that sees; model.cross is empty; leave them out")
         if len(tokens) % shards:
             problems.append(f"the number of sequences must be a multiple of the mesh's batch shards; got "
                             f"{len(tokens)} and {shards}; pad the batch, or load with mesh.data=1")

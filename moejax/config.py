@@ -39,6 +39,13 @@ CROSS = {"latents": 0, "depth": 2, "heads": 8, "head": 64, "frames": 1, "feed": 
 LOOKS = {"last": CROSS, "all": CROSS}  # images of the same document before the token
 WORDS = {"act": ("quick_gelu", "gelu", "gelu_exact", "relu"), "fit": ("crop", "squash"), "feed": ("seen", "every"),
          "gate": ("number", "vector"), "norm": ("none", "head"), "latent_norm": ("none", "head")}
+SPELLINGS = {name: (" or ".join(words), str, words.__contains__) for name, words in WORDS.items()} | {
+    name: ("a whole number", int, lambda x: x >= 0) for name in ("latents", "pool", "grid")} | {
+    "layers": ("a whole number above 0", int, lambda x: x > 0),
+    "eps": ("a number above 0", float, lambda x: 0 < x < math.inf),
+    **{name: (rule, lambda text: tuple(map(float, text.split(","))), holds) for name, rule, holds in (
+        ("mean", "three numbers", lambda x: len(x) == 3 and all(map(math.isfinite, x))),
+        ("std", "three numbers above 0", lambda x: len(x) == 3 and all(0 < y < math.inf for y in x)))}}
 EXAMPLES = {"vision": "clip size=224 patch=14 width=1024 layers=24 heads=16 hidden=4096",
             "cross": "last latents=64 depth=6 heads=16 head=96"}
 FROZEN = ("text", "encoder")  # what train.freeze can name
@@ -149,23 +156,13 @@ def spelled(text: str, kinds: dict[str, dict[str, Any]]) -> SimpleNamespace:
     for name, value in given:
         if name not in values or [key for key, _ in given].count(name) > 1:
             raise ValueError(f"{kind} takes each of {', '.join(values)} once; got {name!r}")
-        if name in WORDS and value not in WORDS[name]:
-            raise ValueError(f"{name} is {' or '.join(WORDS[name])}, not {value!r}")
+        rule, read, holds = SPELLINGS.get(name, SPELLINGS["layers"])
         try:
-            if name in ("mean", "std"):
-                values[name] = tuple(map(float, value.split(",")))
-            elif name not in WORDS:
-                values[name] = float(value) if name == "eps" else int(value)
-            else:
-                values[name] = value
+            values[name] = read(value)
         except ValueError:
-            raise ValueError(f"{name} is a number, not {value!r}") from None
-        least = 0 if name in ("latents", "pool", "grid") else 1
-        if (isinstance(values[name], int) and values[name] < least) or (name == "eps" and not values[name] > 0):
-            raise ValueError(f"{name} is {least} or more, not {value}" if name != "eps" else f"eps is above 0: {value}")
-        if name in ("mean", "std") and (len(values[name]) != 3 or not all(map(math.isfinite, values[name]))
-                                        or (name == "std" and min(values[name]) <= 0)):
-            raise ValueError(f"{name} has three numbers, of red, green and blue; got {value}")
+            values[name] = None
+        if values[name] is None or not holds(values[name]):
+            raise ValueError(f"{name} is {rule}, not {value!r}")
     missing = [name for name, value in values.items() if value is None]
     if missing:
         raise ValueError(f"{kind} needs {', '.join(f'{name}=' for name in missing)}")
@@ -469,8 +466,7 @@ def check_model(config: Config) -> list[str]:
     rule(divides(model.kv_heads, model.heads),
          f"model.kv_heads must divide model.heads; got {model.kv_heads} and {model.heads}; "
          f"set model.kv_heads to one of {divisors(model.heads)}")
-    rule(model.head_dim % 2 == 0,
-         f"model.head_dim must be even for the rotary embedding; got {model.head_dim}")
+    rule(model.head_dim % 2 == 0, f"model.head_dim must be even for the rotary embedding; got {model.head_dim}")
     rule(config.data.tokenizer != "bytes" or model.vocab >= 257,
          f"model.vocab must hold the byte tokenizer's 257 tokens; got {model.vocab}; set model.vocab=264")
     problems += check_variants(model) + check_vision(config)

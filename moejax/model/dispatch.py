@@ -191,8 +191,7 @@ def blocks_forward(
             wide = wide if biases is None else wide + biases[0].reshape(1, -1)
             narrow = activation(wide.reshape(size, *gates)) @ down
             narrow = narrow if biases is None else narrow + biases[1][None]
-            return (lax.dynamic_update_slice_in_dim(h, wide, at, 0),
-                    lax.dynamic_update_slice_in_dim(y, narrow, at, 0))
+            return (lax.dynamic_update_slice_in_dim(h, wide, at, 0), lax.dynamic_update_slice_in_dim(y, narrow, at, 0))
 
         return over_blocks(block, begin, end, x.shape[0], carry), None
 

@@ -10,9 +10,7 @@ from jaxtyping import Float, Int
 from moejax import config as configs
 
 
-def rotary(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], model: configs.Model
-) -> Float[Array, "B T N H"]:
+def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], model: configs.Model) -> Float[Array, "B T N H"]:
     """x with pair i of its halves turned by position × frequency i."""
     half = x.shape[-1] // 2
     frequency, factor = frequencies(model, 2 * half, positions)

@@ -151,9 +151,7 @@ def complete(kept: Iterable[Array], kinds: Sequence[Any], both: Any) -> list[Arr
     return [leaves[kind] if isinstance(kind, int) else next(kept) for kind in kinds]
 
 
-def differentiate(
-    parts: Parts, w: Any, fixed: Any, x: Array, m: Array, c: Array
-) -> tuple[Any, Any, list[Array], Any]:
+def differentiate(parts: Parts, w: Any, fixed: Any, x: Array, m: Array, c: Array) -> tuple[Any, Any, list[Array], Any]:
     """(y, cost), figures, and the function that takes gradients back as its leaves and its tree."""
     out, pull, figures = jax.vjp(lambda w, x: parts.middle(join(w, fixed), x, m, c), w, x, has_aux=True)
     leaves, tree = jax.tree.flatten(pull)
@@ -237,8 +235,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
             new_shared = only_if(row["b_first"] > 0, embedding, lambda sum_, _: sum_, new_shared)
             return (dx, owed), {"weights": new_weights, "shared": new_shared, "loss": loss, "figures": new}
 
-        (dx, owed), sums = only_if(
-            row["b_on"] > 0, run, lambda sums, kind: (collectives.zeros(kind[0]), sums), sums)
+        (dx, owed), sums = only_if(row["b_on"] > 0, run, lambda sums, kind: (collectives.zeros(kind[0]), sums), sums)
         slot = jnp.where(row["b_on"] > 0, row["b_owed"], plan.owed)
         return {"dx": dx, "owed": [write(*pair, slot) for pair in zip(carry["owed"], owed, strict=True)]} | sums
 

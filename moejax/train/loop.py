@@ -25,13 +25,7 @@ from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
 from moejax.train.begin import beginning
-from moejax.train.checkpoint import (
-    Checkpoints,
-    Position,
-    differences,
-    first_line,
-    folder_of,
-)
+from moejax.train.checkpoint import Checkpoints, Position, differences, first_line, folder_of
 from moejax.train.evaluate import validation_loss
 from moejax.train.fault import Stop, Watchdog, tell
 from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
@@ -87,8 +81,7 @@ def train(config: Config) -> dict[str, Any]:
         keep(config, run_dir)
         checkpoints = stack.enter_context(closing(Checkpoints(config, tell)))
         layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
-        state, position = checkpoints.restore(*layout) or (
-            states.fresh(sharded, optimizer, begin), Position(0, 0))
+        state, position = checkpoints.restore(*layout) or (states.fresh(sharded, optimizer, begin), Position(0, 0))
         del begin
         describe(config, sharded, run_dir)
         meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)

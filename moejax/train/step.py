@@ -123,8 +123,7 @@ def pipelined(
     run = replace(run, remat={"none": "weights", "dots": "dots", "full": "none"}[run.remat])
     parts = stage_parts(sharded.stages, spread, sharded.stages.spread(fixed), split(batch, count), run,
                         lambda found: router_cost(found and found[1], share, sharded), lambda loss, _: loss / tokens)
-    *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread,
-                                                      save=sharded.config.train.remat != "full")
+    *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread, save=sharded.config.train.remat != "full")
     return back(tuple(gradients))[0], Figures(
         loss, jnp.sum(figures.balance), jnp.sum(figures.z), sharded.stages.of_layers(figures.load),
         sharded.stages.of_layers(figures.dropped))

@@ -43,7 +43,7 @@ def test_one_string_gives_shape_and_fan_in(monkeypatch: pytest.MonkeyPatch, text
     np.testing.assert_allclose(made[...], fan_in**-0.5, rtol=1e-6)
     if text == "vocab -> embed":  # never stacked
         return
-    layers = w.layers(7)(text)
+    layers = w.layers(range(7))(text)
     assert layers.shape == (7, *shape) and axes.names(layers.axes) == ("layer", *axes.names(text))
     np.testing.assert_allclose(layers[...], fan_in**-0.5, rtol=1e-6)
     assert weights.Weights(configs.dataclasses.replace(MODEL, activation="gelu"), jax.random.key(0)).sizes["gate"] == 1
@@ -52,12 +52,12 @@ def test_one_string_gives_shape_and_fan_in(monkeypatch: pytest.MonkeyPatch, text
 def test_vectors_start_at_a_constant():
     w = weights.Weights(MODEL, jax.random.key(0))
     assert w("norm", 1.0)[...].tolist() == [1] * 10
-    bias = w.layers(2)("choice", 0.0, weights.Bias)
+    bias = w.layers(range(2))("choice", 0.0, weights.Bias)
     assert isinstance(bias, weights.Bias) and bias.axes == "layer choice" and bias[...].tolist() == [[0] * 5] * 2
 
 
 def test_sizes_can_be_changed_for_a_part():
-    w = weights.Weights(MODEL, jax.random.key(0)).layers(2)
+    w = weights.Weights(MODEL, jax.random.key(0)).layers(range(2))
     assert w.sized(hidden=19)("hidden -> embed").shape == (2, 19, 10)
     assert w("hidden -> embed").shape == (2, 11, 10)
 
@@ -75,7 +75,7 @@ def test_every_weight_starts_with_numbers_of_its_own():
     w = weights.Weights(MODEL, jax.random.key(0))
     first, second = w("embed -> kv head")[...], w("embed -> kv head")[...]
     assert not np.any(first == second)
-    stack = w.layers(2)("hidden -> embed")[...]
+    stack = w.layers(range(2))("hidden -> embed")[...]
     assert not np.any(stack[0] == stack[1])
 
 

@@ -62,7 +62,7 @@ def test_axes_that_do_not_fit_the_shape_are_refused():
     with pytest.raises(ValueError):
         axes.spec("embed -> vocab", (10, 21, 3), ONE)
     with pytest.raises(KeyError):
-        axes.spec("embed -> colour", (10, 21), ONE)
+        axes.spec("embed -> flavour", (10, 21), ONE)
 
 
 def test_rows_leave_out_axes_of_length_one():
