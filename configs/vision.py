@@ -11,7 +11,7 @@ from moejax.config import Config, Data, Mesh, Model, MoE, Optimizer, Train
 
 def config() -> Config:
     render = runpy.run_path(str(Path(__file__).parents[1] / "launch" / "render.py"))["main"]
-    render(["runs/pictures-small", "--train", "200", "--test", "8", "--quiet"])
+    render(["runs/pictures-small", "--train", "200", "--test", "8", "--once"])
     return Config(
         model=Model(
             layers=4, pattern="VM", d_model=64, heads=4, kv_heads=1, head_dim=16, hidden=96,

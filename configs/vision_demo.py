@@ -17,7 +17,7 @@ from moejax.config import Checkpoint, Config, Data, Mesh, Model, MoE, Optimizer,
 
 def config() -> Config:
     render = runpy.run_path(str(Path(__file__).parents[1] / "launch" / "render.py"))["main"]
-    render(["runs/pictures", "--quiet"])
+    render(["runs/pictures", "--once"])
     return Config(
         model=Model(
             layers=4, pattern="MV", d_model=128, heads=4, kv_heads=1, head_dim=32, hidden=256,

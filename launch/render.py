@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Render short texts into pictures, to train a model that reads them:
 
-    python launch/render.py FOLDER [--size 64] [--train 20000] [--test 200] [--seed 0] [--quiet]
+    python launch/render.py FOLDER [--size 64] [--train 20000] [--test 200] [--seed 0] [--once]
 
 FOLDER/train.tar holds documents as pairs of 000001.png and 000001.json, FOLDER/test.jsonl holds one a line, with its
 pictures in FOLDER/test.  About 3 in 4 are lines of Python's own standard library, the others formulas: set as in a
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=20_000, help="documents to train on (20000)")
     parser.add_argument("--test", type=int, default=200, help="documents to test with (200)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quiet", action="store_true", help="say nothing where the pictures are there already")
+    parser.add_argument("--once", action="store_true", help="take what is there, whatever versions made it")
     args = parser.parse_args(argv)
     if not 48 <= args.size <= 1024 or args.train < 1 or args.test < 1:
         parser.error("SIZE is 48 to 1024, TRAIN and TEST are 1 or more")
@@ -235,9 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     meta = wanted | {"script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16],
                      "python": platform.python_version(), "pillow": PIL.__version__,
                      "matplotlib": matplotlib.__version__}
-    there = held(args.folder, meta)
+    there = held(args.folder, wanted if args.once else meta)
     if there == "":
-        if not args.quiet:
+        if not args.once:
             print(f"render.py: {args.folder} holds these pictures already", file=sys.stderr)
         return 0
     if there:

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import random
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_the_same_seed_gives_the_same_bytes(rendered, tmp_path):
     assert render.main([str(tmp_path / "other"), "--train", "60", "--test", "20", "--seed", "1"]) == 0
     assert contents(tmp_path / "again")[0] == contents(rendered)[0] != contents(tmp_path / "other")[0]
     assert {path.name for path in tmp_path.iterdir()} == {"again", "other"}
+
+
+def test_once_takes_what_other_versions_made(rendered, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    shutil.copytree(rendered, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"python": "2.7"}))
+    command = [str(folder), "--train", "60", "--test", "20"]
+    assert render.main([*command, "--once"]) == 0 and not capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        render.main(command)
+    with pytest.raises(SystemExit, match="2"):
+        render.main([*command, "--once", "--seed", "1"])
 
 
 def test_nothing_is_overwritten(rendered, tmp_path, capsys):
