@@ -20,7 +20,7 @@ demo: $(VENV)/ready
 
 demo-vision: $(VENV)/ready
 	$(RUN)/moejax train configs/vision_demo.py
-	$(RUN)/python launch/transcribe.py runs/vision_demo runs/pictures/test.jsonl
+	$(RUN)/python launch/transcribe.py runs/vision_demo runs/pictures/test.jsonl --count 200
 	$(RUN)/moejax report runs/vision_demo
 
 test: $(VENV)/ready
