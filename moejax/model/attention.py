@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from moejax import config as configs
 from moejax.model.cache import Cache
-from moejax.model.layers import Pass, plus, rms
+from moejax.model.layers import Pass, normed, plus
 from moejax.model.rotary import rotary
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
@@ -49,6 +49,9 @@ class Look:
         return exp / (jnp.sum(exp, -1, keepdims=True) + jnp.exp(sinks - peak))
 
 
+Seen = Bool[Array, " B #T S"] | None  # where a query does not see all of the keys
+
+
 class Attention(nnx.Module):
     """`source` makes the weights of keys and values where these come from something of another width."""
 
@@ -57,9 +60,8 @@ class Attention(nnx.Module):
         self.k = (source or w)("embed -> kv head")
         self.v = (source or w)("embed -> kv head")
         self.o = w("heads head -> embed")
-        biased = "qkv" in model.biases
         self.q_bias, self.k_bias, self.v_bias = (
-            (w("heads head", 0.0), w("kv head", 0.0), w("kv head", 0.0)) if biased else (None, None, None))
+            w(axes, 0.0) if "qkv" in model.biases else None for axes in ("heads head", "kv head", "kv head"))
         self.o_bias = w("norm", 0.0) if "output" in model.biases else None
         self.sinks = w("heads", 0.0) if "sinks" in model.biases else None
         axes = {"none": None, "head": ("head", "head"), "all": ("heads head", "kv head")}[model.qk_norm]
@@ -68,9 +70,8 @@ class Attention(nnx.Module):
         self.q_norm_bias, self.k_norm_bias = (w("head", 0.0), w("head", 0.0)) if biased else (None, None)
         self.model, self.window = model, window
 
-    def __call__(
-        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B t D"], Cache | None]:
+    def __call__(self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass,
+                 cache: Cache | None = None) -> tuple[Float[Array, "B t D"], Cache | None]:
         """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it."""
         x = collectives.enter(x, run.sequence)
         q, k, v = self.project(x, run)
@@ -79,10 +80,8 @@ class Attention(nnx.Module):
         y, cache = attend(q, k, v, positions, look(self.model, self.window, sinks), cache)
         return leave(y, self.o, self.o_bias, run), cache
 
-    def look(
-        self, x: Float[Array, "B t D"], run: Pass, context: Float[Array, "B S W"] | None = None,
-        seen: Bool[Array, " B #T S"] | None = None,
-    ) -> Float[Array, "B t D"]:
+    def look(self, x: Float[Array, "B t D"], run: Pass, context: Float[Array, "B S W"] | None = None,
+             seen: Seen = None) -> Float[Array, "B t D"]:
         """x looks at all of a context, without order; at itself by default.  What sees nothing gets zeros."""
         x = collectives.enter(x, run.sequence)
         q, k, v = self.project(x, run, x if context is None else collectives.enter(context, False))
@@ -108,15 +107,11 @@ class Attention(nnx.Module):
         v = jnp.einsum("btd,dkh->btkh", context, self.own(use(self.v, run.dtype), 1))
         v = v if self.v_bias is None else v + self.own(self.v_bias[...].astype(v.dtype), 0)[None, None]
         if self.model.qk_norm == "head":
-            q = self.norm_heads(q, self.q_norm, self.q_norm_bias)
-            k = self.norm_heads(k, self.k_norm, self.k_norm_bias)
+            rule = self.model.norm_eps, self.model.norm == "layernorm"
+            q = normed(q, self.q_norm, self.q_norm_bias, *rule)
+            k = normed(k, self.k_norm, self.k_norm_bias, *rule)
         limit = self.model.qkv_limit
         return (q, k, v) if limit is None else tuple(jnp.clip(y, -limit, limit) for y in (q, k, v))
-
-    def norm_heads(self, x: Float[Array, "B T N H"], scale: Any, bias: Any) -> Float[Array, "B T N H"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, -1, keepdims=True) if self.model.norm == "layernorm" else y
-        return plus(rms(y, self.model.norm_eps) * scale[...][None, None, None], bias).astype(x.dtype)
 
     def norm_all(self, x: Float[Array, "B T N H"], scale: Any, kind: str) -> Float[Array, "B T N H"]:
         """RMSNorm over all heads, which the tensor shards may share."""
@@ -161,28 +156,24 @@ class LatentAttention(nnx.Module):
         self.kv_down_bias = w("mixed", 0.0) if "output" in model.biases else None
         self.model, self.window = model, window
 
-    def __call__(
-        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B t D"], Cache | None]:
+    def __call__(self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass,
+                 cache: Cache | None = None) -> tuple[Float[Array, "B t D"], Cache | None]:
         """As Attention's."""
-        x = collectives.enter(x, run.sequence)
+        x = y = collectives.enter(x, run.sequence)
         _, rank, turned, _ = self.model.latent
         still = self.model.head_dim - turned
-        y = x
         if self.q_down is not None:
             y = plus(jnp.einsum("btd,dr->btr", x, use(self.q_down, run.dtype)), self.q_down_bias)
-            y = self.norm(y, self.q_norm)
+            y = normed(y, self.q_norm, None, LATENT_EPS, False)
         q = jnp.einsum("btr,rnh->btnh", y, use(self.q, run.dtype))
         q = jnp.concatenate([q[..., :still], rotary(q[..., still:], positions, self.model)], -1)
         mixed = plus(jnp.einsum("btd,dr->btr", x, use(self.kv_down, run.dtype)), self.kv_down_bias)
-        both = jnp.einsum("btr,rnh->btnh", self.norm(mixed[..., :rank], self.kv_norm), use(self.kv, run.dtype))
+        latent = normed(mixed[..., :rank], self.kv_norm, None, LATENT_EPS, False)
+        both = jnp.einsum("btr,rnh->btnh", latent, use(self.kv, run.dtype))
         shared = rotary(mixed[..., None, rank:], positions, self.model)
         k = jnp.concatenate([both[..., :still], jnp.broadcast_to(shared, (*both.shape[:3], turned))], -1)
         y, cache = attend(q, k, both[..., still:], positions, look(self.model, self.window, None), cache)
         return leave(y, self.o, self.o_bias, run), cache
-
-    def norm(self, x: Float[Array, "B T R"], scale: Any) -> Float[Array, "B T R"]:
-        return (rms(x.astype(jnp.float32), LATENT_EPS) * scale[...][None, None]).astype(x.dtype)
 
 
 def look(model: configs.Model, window: int | None, sinks: Array | None) -> Look:
@@ -190,19 +181,16 @@ def look(model: configs.Model, window: int | None, sinks: Array | None) -> Look:
     return Look(scale, window, model.caps[0] if model.caps else 0.0, sinks)
 
 
-def attend(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], positions: Int[Array, "B T"],
-    look: Look, cache: Cache | None,
-) -> tuple[Float[Array, "B T N J"], Cache | None]:
+def attend(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"],
+           positions: Int[Array, "B T"], look: Look,
+           cache: Cache | None) -> tuple[Float[Array, "B T N J"], Cache | None]:
     if cache is None:
         return blocked(q, k, v, look), None
     cache = cache.write(k, v, positions)
     return plain(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), positions, look), cache
 
 
-def leave(
-    y: Float[Array, "B T N H"], o: Any, bias: Any, run: Pass, seen: Bool[Array, " B #T S"] | None = None
-) -> Float[Array, "B t D"]:
+def leave(y: Float[Array, "B T N H"], o: Any, bias: Any, run: Pass, seen: Seen = None) -> Float[Array, "B t D"]:
     y = jnp.einsum("btnh,nhd->btd", y, use(o, run.dtype))
     if bias is not None:
         y = y + collectives.once(bias[...].astype(y.dtype))[None, None]
@@ -211,10 +199,8 @@ def leave(
     return collectives.leave(y, run.sequence)
 
 
-def whole(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
-    seen: Bool[Array, " B #T S"] | None,
-) -> Float[Array, "B T N H"]:
+def whole(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
+          seen: Seen) -> Float[Array, "B T N H"]:
     """Attention without order; where nothing is seen, a mean that is to be left out."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
@@ -224,10 +210,8 @@ def whole(
     return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, size)
 
 
-def plain(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K J"], positions: Int[Array, "B T"],
-    look: Look,
-) -> Float[Array, "B T N J"]:
+def plain(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K J"],
+          positions: Int[Array, "B T"], look: Look) -> Float[Array, "B T N J"]:
     """Attention of queries at `positions` to all keys up to them; the slow twin of `blocked`."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
@@ -237,35 +221,30 @@ def plain(
     return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, -1)
 
 
-def blocked(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], look: Look
-) -> Float[Array, "B T N J"]:
+def blocked(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"],
+            look: Look) -> Float[Array, "B T N J"]:
     """Causal attention with (group, time) as the rows of one matmul per KV head, block of queries by block.
 
     Almost half of the scores lie after their query; a block multiplies only the keys up to its own end, and of them
     those that its window reaches.
     """
     batch, length, heads, size = q.shape
-    kv = k.shape[2]
-    q = q.reshape(batch, length, kv, -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H
+    q = q.reshape(batch, length, k.shape[2], -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # B K H T and B K T J
-    step = max(-(-length // BLOCKS), SMALLEST)
-    done = []
+    step, done = max(-(-length // BLOCKS), SMALLEST), []
     for a in range(0, length, step):
         begin = 0 if look.window is None else max(a - look.window + 1, 0)
         done.append(one_block(q[:, :, :, a:a + step], k[..., begin:a + step], v[:, :, begin:a + step], look))
     return jnp.concatenate(done, 3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
-def one_block(
-    q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float[Array, "B K s J"], look: Look
-) -> Float[Array, "B K G t J"]:
+def one_block(q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float[Array, "B K s J"],
+              look: Look) -> Float[Array, "B K G t J"]:
     """Queries that end where the keys end."""
     batch, kv, group, length, size = q.shape
     rows = q.reshape(batch, kv, group * length, size)
     scores = jnp.einsum("bkrh,bkhs->bkrs", rows, k, preferred_element_type=jnp.float32)
-    at = jnp.arange(length) + k.shape[-1] - length
-    behind = at[:, None] - jnp.arange(k.shape[-1])[None]
+    behind = (jnp.arange(length) + k.shape[-1] - length)[:, None] - jnp.arange(k.shape[-1])[None]
     p = look.probabilities(scores.reshape(batch, kv, group, length, -1), behind[None, None, None]).astype(v.dtype)
-    return jnp.einsum("bkrs,bksh->bkrh", p.reshape(batch, kv, group * length, -1), v).reshape(
-        batch, kv, group, length, -1)
+    y = jnp.einsum("bkrs,bksh->bkrh", p.reshape(batch, kv, group * length, -1), v)
+    return y.reshape(batch, kv, group, length, -1)

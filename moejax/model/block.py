@@ -32,9 +32,8 @@ class Block(nnx.Module):
         self.scale = model.multipliers[1] if model.multipliers else 1.0
         self.cross = GatedCross(w, model) if letter in configs.CROSSED else None  # last: the rest starts as without
 
-    def __call__(
-        self, x: Array, positions: Array | None, run: Pass, cache: Cache | None, sight: Sight | None = None
-    ) -> tuple[Array, Cache | None, Any]:
+    def __call__(self, x: Array, positions: Array | None, run: Pass, cache: Cache | None,
+                 sight: Sight | None = None) -> tuple[Array, Cache | None, Any]:
         if self.cross is not None:
             x = self.cross(x, sight, run)
         y, cache = self.attention(self.attention_norm(x), positions, run, cache)
@@ -43,10 +42,9 @@ class Block(nnx.Module):
         return x + (y if self.scale == 1 else y * self.scale), cache, decisions
 
 
-def scan_blocks(
-    blocks: list[Block], x: Array, positions: Array | None, run: Pass, cache: list[Cache | None], numbers: Array,
-    present: Array | None = None, sight: Sight | None = None,
-) -> tuple[Array, tuple[list[Cache | None], Any]]:
+def scan_blocks(blocks: list[Block], x: Array, positions: Array | None, run: Pass, cache: list[Cache | None],
+                numbers: Array, present: Array | None = None,
+                sight: Sight | None = None) -> tuple[Array, tuple[list[Cache | None], Any]]:
     """Stacked blocks, one after another, repeated along their stack.
 
     Args:
@@ -73,8 +71,7 @@ def scan_blocks(
     if not found:
         return x, (cache, None)
     # [repeats] of each block of the unit, to layer order
-    joined = jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]), *found)
-    return x, (cache, joined)
+    return x, (cache, jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]), *found))
 
 
 def remat(body: Any, policy: str) -> Any:

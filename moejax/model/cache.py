@@ -18,13 +18,8 @@ class Cache(NamedTuple):
 
     def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K J"], positions: Int[Array, "B T"]) -> "Cache":
         """With T new positions of every sequence, which follow one another from positions[:, 0]."""
-
-        def put(old: Array, new: Array) -> Array:
-            def row(o: Array, n: Array, at: Array) -> Array:
-                return lax.dynamic_update_slice_in_dim(o, n, at, 0)
-            return jax.vmap(row)(old, new.astype(old.dtype), positions[:, 0])
-
-        return Cache(put(self.k, k), put(self.v, v))
+        put = jax.vmap(lambda old, new, at: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 0))
+        return Cache(put(self.k, k, positions[:, 0]), put(self.v, v, positions[:, 0]))
 
 
 def empty(model: configs.Model, layers: int, batch: int, length: int, tensor: int, dtype: jnp.dtype) -> Cache:

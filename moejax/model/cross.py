@@ -30,9 +30,8 @@ class Sight(NamedTuple):
 
 
 class GatedCross(nnx.Module):
-    """Cross-attention and an MLP, each added through the tanh of a gate that starts at 0.
-
-    What sees no image passes unchanged; where the config's feed is "every", it passes the MLP.
+    """Cross-attention and an MLP, each added through the tanh of a gate that starts at 0.  What sees no image passes
+    unchanged; where the config's feed is "every", it passes the MLP.
     """
 
     def __init__(self, w: Weights, model: configs.Model):
@@ -40,8 +39,7 @@ class GatedCross(nnx.Module):
         self.norm = Norm(w, model)
         inner = replace(model, qk_norm=rules.norm, biases=(), qkv_limit=None)
         self.attention = Attention(w, inner, source=w.sized(embed=width))
-        self.feed_norm = Norm(w, model)
-        self.mlp = MLP(w, model)
+        self.feed_norm, self.mlp = Norm(w, model), MLP(w, model)
         axes = {"number": "one", "vector": "norm"}[rules.gate]
         self.gate, self.feed_gate = w(axes, 0.0), w(axes, 0.0)
         self.every = rules.feed == "every"

@@ -31,10 +31,9 @@ class Experts(NamedTuple):
     def __call__(self, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         h = jnp.einsum("ecd,edf->ecf", x, self.up.reshape(*self.up.shape[:2], -1))
         h = h.reshape(*h.shape[:2], *self.up.shape[2:])
-        if self.biases is None:
-            return jnp.einsum("ecf,efd->ecd", self.activation(h), self.down)
-        y = jnp.einsum("ecf,efd->ecd", self.activation(h + self.biases[0][:, None]), self.down)
-        return y + self.biases[1][:, None]
+        h = h if self.biases is None else h + self.biases[0][:, None]
+        y = jnp.einsum("ecf,efd->ecd", self.activation(h), self.down)
+        return y if self.biases is None else y + self.biases[1][:, None]
 
     def at_capacity(self, buffers: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         """The same for buffers of all experts, each computed where it lives."""
@@ -158,11 +157,9 @@ unpack.defvjp(lambda rows, weight, plan: (unpack(rows, weight, plan), (rows, wei
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def run_blocks(
-    x: Float[Array, "Q D"], up: Float[Array, "E D U F"], down: Float[Array, "E F D"],
-    biases: tuple[Float[Array, "E U F"], Float[Array, "E D"]] | None,
-    begins: Int[Array, " E"], ends: Int[Array, " E"], activation: Callable[[Array], Array],
-) -> Float[Array, "Q D"]:
+def run_blocks(x: Float[Array, "Q D"], up: Float[Array, "E D U F"], down: Float[Array, "E F D"],
+               biases: tuple[Float[Array, "E U F"], Float[Array, "E D"]] | None, begins: Int[Array, " E"],
+               ends: Int[Array, " E"], activation: Callable[[Array], Array]) -> Float[Array, "Q D"]:
     """Rows begins[e]:ends[e] through expert e; rows beyond the last end are left alone."""
     return blocks_forward(x, up, down, biases, begins, ends, activation)[0]
 
@@ -176,9 +173,8 @@ def over_blocks(block: Callable[[Array, int, Any], Any], begin: Array, end: Arra
     return carry
 
 
-def blocks_forward(
-    x: Array, up: Array, down: Array, biases: Any, begins: Array, ends: Array, activation: Callable[[Array], Array]
-) -> tuple[Array, Any]:
+def blocks_forward(x: Array, up: Array, down: Array, biases: Any, begins: Array, ends: Array,
+                   activation: Callable[[Array], Array]) -> tuple[Array, Any]:
     gates = up.shape[2:]
 
     def expert(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -191,7 +187,7 @@ def blocks_forward(
             wide = wide if biases is None else wide + biases[0].reshape(1, -1)
             narrow = activation(wide.reshape(size, *gates)) @ down
             narrow = narrow if biases is None else narrow + biases[1][None]
-            return (lax.dynamic_update_slice_in_dim(h, wide, at, 0), lax.dynamic_update_slice_in_dim(y, narrow, at, 0))
+            return lax.dynamic_update_slice_in_dim(h, wide, at, 0), lax.dynamic_update_slice_in_dim(y, narrow, at, 0)
 
         return over_blocks(block, begin, end, x.shape[0], carry), None
 

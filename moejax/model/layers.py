@@ -38,42 +38,20 @@ class Norm(nnx.Module):
         self.eps, self.center = model.norm_eps, model.norm == "layernorm"
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y = x.astype(jnp.float32)
-        if self.center:
-            y = y - jnp.mean(y, -1, keepdims=True)
-        y = rms(y, self.eps) * self.scale[...][None, None]
-        return (y if self.bias is None else y + self.bias[...][None, None]).astype(x.dtype)
+        return normed(x, self.scale, self.bias, self.eps, self.center)
 
 
-def rms(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
-    """x, float32, over the root of its mean square."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-
-
-def gelu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
-    return jax.nn.gelu(h[..., 0, :], approximate=True)
-
-
-def gelu_exact(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
-    return jax.nn.gelu(h[..., 0, :], approximate=False)
-
-
-def quick_gelu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
-    """CLIP's approximation by a sigmoid."""
-    return h[..., 0, :] * jax.nn.sigmoid(1.702 * h[..., 0, :])
-
-
-def relu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
-    return jax.nn.relu(h[..., 0, :])
+def normed(x: Float[Array, "... D"], scale: Any, bias: Any, eps: float, center: bool) -> Float[Array, "... D"]:
+    """x, less its mean if so told, over the root of its mean square; scaled, and with a bias if there is one."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True) if center else y
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return plus(y * scale[...].reshape(*[1] * (y.ndim - 1), -1), bias).astype(x.dtype)
 
 
 def swiglu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
     """arXiv 2002.05202: SiLU of the first gate times the second."""
     return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
-
-
-def geglu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
-    return jax.nn.gelu(h[..., 0, :], approximate=True) * h[..., 1, :]
 
 
 def clamped_swiglu(h: Float[Array, "... U F"], slope: float, limit: float) -> Float[Array, "... F"]:
@@ -83,8 +61,12 @@ def clamped_swiglu(h: Float[Array, "... U F"], slope: float, limit: float) -> Fl
 
 
 ACTIVATIONS: dict[str, Callable[..., Array]] = {
-    "gelu": gelu, "gelu_exact": gelu_exact, "quick_gelu": quick_gelu, "relu": relu, "swiglu": swiglu, "geglu": geglu,
-    "clamped_swiglu": clamped_swiglu}
+    "gelu": lambda h: jax.nn.gelu(h[..., 0, :], approximate=True),
+    "gelu_exact": lambda h: jax.nn.gelu(h[..., 0, :], approximate=False),
+    "quick_gelu": lambda h: h[..., 0, :] * jax.nn.sigmoid(1.702 * h[..., 0, :]),  # CLIP's approximation by a sigmoid
+    "relu": lambda h: jax.nn.relu(h[..., 0, :]),
+    "geglu": lambda h: jax.nn.gelu(h[..., 0, :], approximate=True) * h[..., 1, :],
+    "swiglu": swiglu, "clamped_swiglu": clamped_swiglu}
 
 
 @cache
@@ -98,8 +80,7 @@ class MLP(nnx.Module):
     """The dense feed-forward layer; its output is this tensor shard's part of the sum."""
 
     def __init__(self, w: Weights, model: configs.Model):
-        self.up = w("embed -> gate hidden")
-        self.down = w("hidden -> embed")
+        self.up, self.down = w("embed -> gate hidden"), w("hidden -> embed")
         biased = "mlp" in model.biases
         self.up_bias, self.down_bias = (w("gate hidden", 0.0), w("norm", 0.0)) if biased else (None, None)
         self.activation = activation(model)

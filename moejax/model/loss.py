@@ -17,10 +17,8 @@ from moejax.parallel import collectives
 CHUNK = 1024  # tokens
 
 
-def cross_entropy(
-    hidden: Float[Array, "N D"], weight: Float[Array, "D V"], targets: Int[Array, " N"], weights: Float[Array, " N"],
-    cap: float = 0.0,
-) -> Float[Array, ""]:
+def cross_entropy(hidden: Float[Array, "N D"], weight: Float[Array, "D V"], targets: Int[Array, " N"],
+                  weights: Float[Array, " N"], cap: float = 0.0) -> Float[Array, ""]:
     """Sum over tokens of weights × −log p(target), in nats; differentiable in `hidden` and `weight`.
 
     Args:
@@ -33,9 +31,8 @@ def cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def share(hidden: Array, weight: Array, targets: Array, weights: Array, cap: float) -> Array:
-    """An equal part of the loss for each tensor shard.
-
-    The gradient of the sum of all shares, in this shard's copy of `hidden`, is what its own columns add to it.
+    """An equal part of the loss for each tensor shard.  The gradient of the sum of all shares, in this shard's copy of
+    `hidden`, is what its own columns add to it.
     """
     def step(total: Array, chunk: Any) -> tuple[Array, None]:
         return total + one_chunk(chunk[0], weight, *chunk[1:], cap)[0], None

@@ -18,13 +18,10 @@ class MoELayer(nnx.Module):
     def __init__(self, w: Weights, model: configs.Model):
         moe = model.moe
         experts = w.sized(hidden=moe.hidden)
-        self.router = w("embed -> choice")
-        self.bias = w("choice", 0.0, Bias)
-        self.up = experts("expert: embed -> gate hidden")
-        self.down = experts("expert: hidden -> embed")
-        biased = "experts" in model.biases
-        self.up_bias, self.down_bias = (
-            (experts("expert gate hidden", 0.0), experts("expert norm", 0.0)) if biased else (None, None))
+        self.router, self.bias = w("embed -> choice"), w("choice", 0.0, Bias)
+        self.up, self.down = experts("expert: embed -> gate hidden"), experts("expert: hidden -> embed")
+        self.up_bias, self.down_bias = (experts(axes, 0.0) if "experts" in model.biases else None
+                                        for axes in ("expert gate hidden", "expert norm"))
         self.router_bias = w("choice", 0.0) if "router" in model.biases else None
         self.shared = MLP(w.sized(hidden=moe.shared), model) if moe.shared else None
         self.shared_gate = w("embed -> one") if moe.shared_gate else None

@@ -20,12 +20,9 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], model: conf
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def frequencies(
-    model: configs.Model, size: int, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "... 1 1 h"], float]:
-    """Of every pair of a head of `size` entries, theta^(-2i/size) where nothing is scaled, and what sine and cosine are
-    multiplied by.
-    """
+def frequencies(model: configs.Model, size: int,
+                positions: Int[Array, "B T"]) -> tuple[Float[Array, "... 1 1 h"], float]:
+    """Of each pair of a head of `size`, theta^(-2i/size) where nothing is scaled; and a factor of sine and cosine."""
     kind, numbers = model.rope()
     share = np.arange(0, size, 2, dtype=np.float32) / size
     if kind == "dynamic":
@@ -36,9 +33,8 @@ def frequencies(
     return jnp.asarray(scaled, jnp.float32)[None, None, None], factor
 
 
-def dynamic_base(
-    theta: float, size: int, positions: Int[Array, "B T"], factor: float, original: float
-) -> Float[Array, " B"]:
+def dynamic_base(theta: float, size: int, positions: Int[Array, "B T"], factor: float,
+                 original: float) -> Float[Array, " B"]:
     """NTK-aware scaling by each sequence's own length so far: up to the original nothing, then a growing base."""
     length = jnp.maximum(jnp.max(positions, -1).astype(jnp.float32) + 1, original)
     return theta * (factor * length / original - (factor - 1)) ** (size / (size - 2))
@@ -49,9 +45,8 @@ def linear(plain: np.ndarray, theta: float, factor: float) -> tuple[np.ndarray, 
     return plain / factor, 1.0
 
 
-def llama3(
-    plain: np.ndarray, theta: float, factor: float, low: float, high: float, original: float
-) -> tuple[np.ndarray, float]:
+def llama3(plain: np.ndarray, theta: float, factor: float, low: float, high: float,
+           original: float) -> tuple[np.ndarray, float]:
     """Llama 3.1's: waves longer than original / low are stretched, those shorter than original / high are not, and
     what lies between goes from one to the other.
     """
@@ -60,10 +55,8 @@ def llama3(
     return plain * (keep + (1 - keep) / factor), 1.0
 
 
-def yarn(
-    plain: np.ndarray, theta: float, factor: float, original: float, fast: float = 32, slow: float = 1,
-    attention: float | None = None, truncate: float = 1,
-) -> tuple[np.ndarray, float]:
+def yarn(plain: np.ndarray, theta: float, factor: float, original: float, fast: float = 32, slow: float = 1,
+         attention: float | None = None, truncate: float = 1) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071 section 3): pairs that turn more than `fast` times within the original length are kept,
     those that turn less than `slow` times are stretched; attention is sharpened by a factor on sine and cosine.
     """
@@ -72,13 +65,10 @@ def yarn(
     def pair(turns: float) -> float:
         return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
-    begin, end = pair(fast), pair(slow)
-    if truncate:
-        begin, end = math.floor(begin), math.ceil(end)
+    begin, end = (math.floor(pair(fast)), math.ceil(pair(slow))) if truncate else (pair(fast), pair(slow))
     begin, end = max(begin, 0), min(end, 2 * half - 1)
     stretch = np.clip((np.arange(half, dtype=np.float32) - begin) / (end - begin or 0.001), 0, 1)
-    sharp = yarn_factor(factor) if attention is None else attention
-    return plain * (1 - stretch) + plain / factor * stretch, sharp
+    return plain * (1 - stretch) + plain / factor * stretch, yarn_factor(factor) if attention is None else attention
 
 
 def yarn_factor(factor: float, scale: float = 1.0) -> float:

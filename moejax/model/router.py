@@ -17,6 +17,9 @@ from moejax import config as configs
 from moejax.parallel import collectives
 from moejax.parallel.axes import BATCH
 
+Scores = Float[Array, "R M E"]
+Choice = tuple[Int[Array, "R M A"], Float[Array, "R M A"], Scores]  # experts, their weights, and what is balanced
+
 
 class Routing(NamedTuple):
     """A choices per token; a choice that found its expert full is not kept and adds nothing."""
@@ -44,40 +47,31 @@ def capacity(moe: configs.MoE, tokens: int, training: bool) -> int:
     factor of training.
     """
     factor = moe.capacity_factor if training else moe.eval_capacity_factor
-    if moe.router == "expert_choice" and factor is None:
-        factor = moe.capacity_factor
+    factor = moe.capacity_factor if moe.router == "expert_choice" and factor is None else factor
     if factor is None:
         return tokens
     # Rounded first: 50 × 1.1 is 55.00000000000001 in floating point, which is 55 seats and not 56.
     return min(tokens, max(1, math.ceil(round(tokens * moe.active / moe.experts * factor, 6))))
 
 
-def route(
-    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
-) -> tuple[Routing, Losses]:
+def route(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> tuple[Routing, Losses]:
     """The decisions of one layer, and what they cost.
 
-    Args:
-        logits: of the router, float32.
-        bias: added to the scores for the choice only (router sigmoid).
-        seats: of every expert in every group.
+    Args: logits: float32; bias: added to the scores for the choice only (router sigmoid); seats: of every expert in
+        every group.
     """
     expert, weight, scores = ROUTERS[moe.router](logits, bias, moe, seats)
     if moe.router == "expert_choice":
         rank = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1, stable=True).astype(jnp.int32)
         slot = collectives.match(rank, scores)  # JAX types an argsort as equal on all devices, whatever was sorted
-        routing = Routing(expert, weight, slot, slot < seats)
-        chosen = routing.kept
     else:
         slot = queue(expert, weight, moe)
-        routing = Routing(expert, weight, slot, slot < seats)
-        chosen = jnp.ones_like(routing.kept)
+    routing = Routing(expert, weight, slot, slot < seats)
+    chosen = routing.kept if moe.router == "expert_choice" else jnp.ones_like(routing.kept)
     return routing, losses(logits, scores, routing, chosen, moe)
 
 
-def topk(
-    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
-) -> tuple[Array, Array, Array]:
+def topk(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
     """Softmax before or after choosing k: k = 1 is Switch (arXiv 2101.03961), k = 2 GShard (arXiv 2006.16668)."""
     scores = jax.nn.softmax(logits, -1)
     if moe.softmax == "after":
@@ -87,19 +81,15 @@ def topk(
     return expert, normalise(weight, moe), scores
 
 
-def sigmoid(
-    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
-) -> tuple[Array, Array, Array]:
+def sigmoid(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
     """Independent scores, balanced by a bias on the choice alone (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     scores = jax.nn.sigmoid(logits)
     _, expert = top(limit(scores + bias[None, None], moe), moe.active)
-    weight = jnp.take_along_axis(scores, expert, -1)
-    return expert, normalise(weight, moe), scores / jnp.sum(scores, -1, keepdims=True)
+    weight = normalise(jnp.take_along_axis(scores, expert, -1), moe)
+    return expert, weight, scores / jnp.sum(scores, -1, keepdims=True)
 
 
-def sparsemixer(
-    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
-) -> tuple[Array, Array, Array]:
+def sparsemixer(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
     """The best expert, then the best of the others, each weighed by a softmax over those close to it: SparseMixer
     (arXiv 2409.12136) as it runs without noise; the weights do not sum to 1.
 
@@ -113,12 +103,10 @@ def sparsemixer(
         weights.append(pick(jax.nn.softmax(jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left), -1), best))
         chosen.append(best)
         left = jnp.where(jax.nn.one_hot(best[..., 0], logits.shape[-1], dtype=bool), -jnp.inf, left)
-    return (jnp.concatenate(chosen, -1), jnp.concatenate(weights, -1) * moe.scale, jax.nn.softmax(logits, -1))
+    return jnp.concatenate(chosen, -1), jnp.concatenate(weights, -1) * moe.scale, jax.nn.softmax(logits, -1)
 
 
-def expert_choice(
-    logits: Float[Array, "R M E"], bias: Float[Array, " E"], moe: configs.MoE, seats: int
-) -> tuple[Array, Array, Array]:
+def expert_choice(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
     """Every expert takes the tokens that score highest with it (arXiv 2202.09368): each token "chooses" all experts,
     and the seats decide.  It looks ahead in the sequence, so it trains but does not generate.
     """
@@ -127,11 +115,11 @@ def expert_choice(
     return expert, scores * moe.scale, scores
 
 
-ROUTERS: dict[str, Callable[..., tuple[Array, Array, Array]]] = {
+ROUTERS: dict[str, Callable[..., Choice]] = {
     "topk": topk, "sigmoid": sigmoid, "sparsemixer": sparsemixer, "expert_choice": expert_choice}
 
 
-def top(scores: Float[Array, "R M E"], k: int) -> tuple[Float[Array, "R M A"], Int[Array, "R M A"]]:
+def top(scores: Scores, k: int) -> tuple[Float[Array, "R M A"], Int[Array, "R M A"]]:
     """The k highest scores, highest first, the lower index first among equals."""
     if k > 4:
         best, index = jax.lax.top_k(scores, k)
@@ -145,13 +133,13 @@ def top(scores: Float[Array, "R M E"], k: int) -> tuple[Float[Array, "R M A"], I
     return pick(scores, index), index
 
 
-def pick(scores: Float[Array, "R M E"], index: Int[Array, "R M A"]) -> Float[Array, "R M A"]:
+def pick(scores: Scores, index: Int[Array, "R M A"]) -> Float[Array, "R M A"]:
     """scores at index, by comparison: its gradient is a sum, where that of a gather is a scatter."""
     hit = jax.nn.one_hot(index, scores.shape[-1], dtype=bool)
     return jnp.sum(jnp.where(hit, scores[..., None, :], 0), -1)
 
 
-def limit(scores: Float[Array, "R M E"], moe: configs.MoE) -> Float[Array, "R M E"]:
+def limit(scores: Scores, moe: configs.MoE) -> Scores:
     """Group-limited routing (DeepSeek-V3): only the experts of the groups whose two best scores sum highest remain."""
     if moe.active_groups == moe.expert_groups:
         return scores
@@ -163,9 +151,7 @@ def limit(scores: Float[Array, "R M E"], moe: configs.MoE) -> Float[Array, "R M 
 
 
 def normalise(weight: Float[Array, "R M A"], moe: configs.MoE) -> Float[Array, "R M A"]:
-    if moe.renormalise:
-        weight = weight / jnp.sum(weight, -1, keepdims=True)
-    return weight * moe.scale
+    return (weight / jnp.sum(weight, -1, keepdims=True) if moe.renormalise else weight) * moe.scale
 
 
 def queue(expert: Int[Array, "R M A"], weight: Float[Array, "R M A"], moe: configs.MoE) -> Int[Array, "R M A"]:
@@ -191,10 +177,7 @@ def places(line: Int[Array, "R Q"], experts: int) -> Int[Array, "R Q"]:
     return jnp.sum(before * hit, -1).astype(jnp.int32)
 
 
-def losses(
-    logits: Float[Array, "R M E"], scores: Float[Array, "R M E"], routing: Routing,
-    chosen: Bool[Array, "R M A"], moe: configs.MoE,
-) -> Losses:
+def losses(logits: Scores, scores: Scores, routing: Routing, chosen: Bool[Array, "R M A"], moe: configs.MoE) -> Losses:
     """Balance loss E·Σ f·P (arXiv 2101.03961 equations 4 to 6; f counts all k choices and sums to 1, so balanced is 1),
     z-loss (arXiv 2202.08906 equation 5), load and drops.
     """
@@ -208,6 +191,5 @@ def losses(
     # Also over the whole batch it is this device's part of a mean over devices.
     balance = collectives.match(moe.experts * jnp.mean(jnp.sum(part * mean, -1)), scores)
     z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, -1)))
-    share = jax.lax.stop_gradient(jnp.mean(scores, (0, 1)))
     dropped = jnp.sum((chosen & ~routing.kept).astype(jnp.float32))
-    return Losses(balance, z, share, jnp.sum(count, 0), dropped)
+    return Losses(balance, z, jax.lax.stop_gradient(jnp.mean(scores, (0, 1))), jnp.sum(count, 0), dropped)

@@ -6,12 +6,12 @@ slot, the slot is left out and its weights are zeros.  Training state keeps the 
 """
 
 import itertools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jax.sharding import PartitionSpec as P
+from jax import Array, P, lax
 from jaxtyping import Float
 
 from moejax.config import Config, Mesh
@@ -48,7 +48,7 @@ class Stages:
         for part, layers in enumerate(parts):
             numbers[part, places(layers, line)] = np.arange(ends[part], ends[part + 1])
         self.numbers = numbers.reshape(self.chunks, self.stages, -1).swapaxes(0, 1)
-        self.model = transformer.cut(model, line)
+        self.model = replace(model, layers=len(line), pattern=line)
         self.module = transformer.abstract(self.model, tower=False)
         self.tower = transformer.abstract(model).vision
         self.complete = bool(np.all(numbers >= 0))
@@ -69,9 +69,7 @@ class Stages:
         return homes
 
     def spec(self, name: str, text: str, shape: tuple[int, ...], mesh: dict[str, int]) -> P:
-        """How a weight of the model lies: split along its layers, or, where stages need others or all of it, along what
-        divides.
-        """
+        """How a weight lies: split along its layers, or, where stages need others or all of it, along what divides."""
         if any(home.in_place and prefix_of(name) == home.sources[0] for home in self.homes.values()):
             return axes.spec(text, shape, mesh)
         place = axes.spec(text, shape, mesh | {"pipeline": 1})
@@ -81,15 +79,13 @@ class Stages:
 
     def spread(self, values: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
         """This device's shards of the model's weights -> (of its parts, stacked [chunks, repeats, …]; of no layer).
-
         Linear: its transpose takes gradients back.
         """
         local = {}
         for prefix, home in self.homes.items():
             for name in [name for name in values if prefix_of(name) == home.sources[0]]:
                 suffix = name.removeprefix(home.sources[0])
-                stack = [values[source + suffix] for source in home.sources]
-                rows = self.fetch(stack, home, self.splits.get(name))
+                rows = self.fetch([values[source + suffix] for source in home.sources], home, self.splits.get(name))
                 local[prefix + suffix] = rows.reshape(self.chunks, -1, *rows.shape[1:])
         return local, {name: self.whole(name, value) for name, value in values.items()
                        if not name.startswith(("runs.", "vision."))}
@@ -128,28 +124,22 @@ class Stages:
         """The model whose layers are those of one part; as `spread` gives them, without the axis of chunks."""
         return weights.assemble(self.module, part | shared)
 
-    def run(
-        self, part: dict[str, Array], shared: dict[str, Array], x: Float[Array, "B t D"], run: Pass, c: Array,
-        images: Any,
-    ) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None]:
-        """x through the layers of chunk c of this stage; the decisions per MoE slot.  `part` has what is to be seen of
-        the images.
-        """
+    def run(self, part: dict[str, Array], shared: dict[str, Array], x: Float[Array, "B t D"], run: Pass, c: Array,
+            images: Any) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None]:
+        """x through the layers of chunk c of this stage; the decisions per MoE slot.  `part` has what is to be seen."""
         numbers = jnp.asarray(self.numbers, jnp.int32)[collectives.index("pipeline"), c]
         tokens = x.shape[1] * (lax.axis_size("tensor") if run.sequence else 1)
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (x.shape[0], tokens))
         present = None if self.complete else numbers >= 0
         sight = None
         if images is not None:
-            values = part["sight"]
-            there = self.tower.there(images.frames, values.shape[2], images.pixels.shape[2])
-            sight = Sight(values, there, images.looks)
+            there = self.tower.there(images.frames, part["sight"].shape[2], images.pixels.shape[2])
+            sight = Sight(part["sight"], there, images.looks)
         x, found, _ = self.build(part, shared).layers(x, positions, run, None, numbers, present, sight)
         return x, found
 
     def of_layers(self, figures: Array) -> Array:
-        """Figures per MoE slot of this stage, [chunks, slots, …] -> per MoE layer of the model; zeros where not here.
-        """
+        """Figures per MoE slot of this stage, [chunks, slots, …] -> per MoE layer of the model, zeros if not here."""
         numbers = self.numbers[:, :, self.moe_slots]
         count = {n: i for i, n in enumerate(sorted(numbers[numbers >= 0].tolist()))}
         index = jnp.asarray(np.vectorize(lambda n: count.get(n, len(count)), otypes=[np.int32])(numbers))

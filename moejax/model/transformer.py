@@ -1,6 +1,5 @@
 """The decoder-only transformer, as what one device does."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,8 @@ from moejax.model.vision import Tower
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
 
+Caches = list[list[Cache]]  # of the blocks of each run
+
 
 class Output(NamedTuple):
     """Of a whole forward pass; `routing` is stacked over the MoE layers, [L B T A]."""
@@ -31,9 +32,8 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Weights are stacked by runs of equal layers, and each run is one `lax.scan`: depth costs no compile time.
-
-    A model of images has a `vision` tower too, unless it is left out; one without layers has nothing else.
+    """Weights are stacked by runs of equal layers, and each run is one `lax.scan`: depth costs no compile time.  A
+    model of images has a `vision` tower too, unless it is left out; one without layers has nothing else.
     """
 
     def __init__(self, model: configs.Model, key: Array, tower: bool = True):
@@ -49,10 +49,8 @@ class Transformer(nnx.Module):
         self.vision = Tower(w, model) if model.vision and tower else None
         self.model = model
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], run: Pass, positions: Int[Array, "B T"] | None = None,
-        cache: list[list[Cache]] | None = None, sight: Sight | None = None,
-    ) -> tuple[Output, list[list[Cache]] | None]:
+    def __call__(self, tokens: Int[Array, "B T"], run: Pass, positions: Int[Array, "B T"] | None = None,
+                 cache: Caches | None = None, sight: Sight | None = None) -> tuple[Output, Caches | None]:
         """Hidden states after the last norm, and every routing; logits are `self.logits(hidden)`.
 
         With a cache (from `self.cache`), tokens continue each sequence at `positions`.  What the tokens can look at
@@ -65,9 +63,8 @@ class Transformer(nnx.Module):
         return Output(None, self.norm(x), routing, losses), caches_out if cache is not None else None
 
     def layers(
-        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass,
-        cache: list[list[Cache]] | None = None, numbers: Int[Array, " L"] | None = None,
-        present: Bool[Array, " L"] | None = None, sight: Sight | None = None,
+        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass, cache: Caches | None = None,
+        numbers: Int[Array, " L"] | None = None, present: Bool[Array, " L"] | None = None, sight: Sight | None = None,
     ) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None, list[list[Cache | None]]]:
         """All blocks, one after another: x, the decisions of the MoE layers stacked in their order, the caches.
 
@@ -90,9 +87,7 @@ class Transformer(nnx.Module):
 
     def see(self, images: Any, run: Pass) -> Sight | None:
         """What tokens can look at, of the images of a batch (data/batch.py), if it has any."""
-        if images is None:
-            return None
-        return Sight(*self.vision(images.pixels, images.frames, run), images.looks)
+        return None if images is None else Sight(*self.vision(images.pixels, images.frames, run), images.looks)
 
     def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Float[Array, "B t D"]:
         """Each tensor shard looks up the tokens of its part of the vocabulary; the rest are zero and summed away."""
@@ -127,17 +122,15 @@ class Transformer(nnx.Module):
         logits = jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32)
         return self.cap * jnp.tanh(logits / self.cap) if self.cap else logits
 
-    def cache(self, batch: int, length: int, dtype: Any) -> list[list[Cache]]:
+    def cache(self, batch: int, length: int, dtype: Any) -> Caches:
         """Empty caches for `batch` sequences of up to `length` tokens on this device."""
-        tensor = lax.axis_size("tensor")
-        return [[caches.empty(self.model, repeats, batch, length, tensor, dtype) for _ in unit]
+        return [[caches.empty(self.model, repeats, batch, length, lax.axis_size("tensor"), dtype) for _ in unit]
                 for unit, repeats in runs(self.model)]
 
 
 def runs(model: configs.Model) -> list[tuple[str, int]]:
-    """The layers as the fewest repeated units: "DDDMMMM" is [("D", 3), ("M", 4)], "DMDMDM" is [("DM", 3)].
-
-    A unit has at most 8 layers; cost counts the letters that are compiled.
+    """The layers as the fewest repeated units: "DDDMMMM" is [("D", 3), ("M", 4)], "DMDMDM" is [("DM", 3)].  A unit has
+    at most 8 layers; cost counts the letters that are compiled.
     """
     kinds = model.layer_letters()
     best: list[tuple[int, list[tuple[str, int]]]] = [(0, [])]
@@ -154,11 +147,6 @@ def runs(model: configs.Model) -> list[tuple[str, int]]:
                 repeats += 1
         best.append(min(options, key=lambda option: (option[0], len(option[1]))))
     return best[-1][1]
-
-
-def cut(model: configs.Model, kinds: str) -> configs.Model:
-    """A model of the same sizes with these layers."""
-    return replace(model, layers=len(kinds), pattern=kinds)
 
 
 def abstract(model: configs.Model, tower: bool = True) -> Transformer:

@@ -35,9 +35,8 @@ class Tower(nnx.Module):
         self.encoder = Encoder(w, model.encoder())
         self.resampler = Resampler(w, model) if model.cross and model.looks().latents else None
 
-    def __call__(
-        self, pixels: Num[Array, "B I F S S 3"], frames: Int[Array, "B I"], run: Pass
-    ) -> tuple[Float[Array, "B I O W"], Bool[Array, "B I O"]]:
+    def __call__(self, pixels: Num[Array, "B I F S S 3"], frames: Int[Array, "B I"],
+                 run: Pass) -> tuple[Float[Array, "B I O W"], Bool[Array, "B I O"]]:
         """Vectors of every image, and which of them are there.
 
         Args:
@@ -70,8 +69,7 @@ class Encoder(nnx.Module):
             norm_eps=told.eps, biases=("qkv", "output", "mlp", "norm"))
         w = Weights(self.model, w.rngs.params()).sized(
             colour=3, row=told.patch, column=told.patch, place=(told.grid or side) ** 2 + clip, three=3)
-        self.patch = w("colour row column -> embed")
-        self.patch_bias = None if clip else w("norm", 0.0)
+        self.patch, self.patch_bias = w("colour row column -> embed"), None if clip else w("norm", 0.0)
         self.token = w("embed") if clip else None
         self.positions = w("place embed")
         self.pre_norm = Norm(w, self.model) if clip else None
@@ -88,8 +86,7 @@ class Encoder(nnx.Module):
             x = jnp.concatenate([token, x], 1)
         x = x + self.places(x.shape[1], run.dtype)[None]
         x = x if self.pre_norm is None else self.pre_norm(x)
-        numbers = jnp.zeros((self.model.layers, 1), jnp.int32)
-        x, _ = scan_blocks([self.block], x, None, run, [None], numbers)
+        x, _ = scan_blocks([self.block], x, None, run, [None], jnp.zeros((self.model.layers, 1), jnp.int32))
         return x if self.clip else self.post_norm(x)
 
     def __call__(self, pixels: Num[Array, "N S S 3"], run: Pass) -> Features:
@@ -189,11 +186,9 @@ class ResamplerLayer(nnx.Module):
         self.attention = Attention(w, model)
         self.feed_norm, self.mlp = Norm(w, model), MLP(w, model)
 
-    def __call__(
-        self, latents: Float[Array, "N O W"], x: Float[Array, "N S W"], seen: Bool[Array, "N 1 R"], run: Pass
-    ) -> Float[Array, "N O W"]:
+    def __call__(self, latents: Float[Array, "N O W"], x: Float[Array, "N S W"], seen: Bool[Array, "N 1 R"],
+                 run: Pass) -> Float[Array, "N O W"]:
         y = self.norm(latents)
-        context = jnp.concatenate([self.context_norm(x), y], 1)
-        latents = latents + self.attention.look(y, run, context, seen)
+        latents = latents + self.attention.look(y, run, jnp.concatenate([self.context_norm(x), y], 1), seen)
         y = self.mlp(collectives.enter(self.feed_norm(latents), False), run)
         return latents + collectives.leave(y, False)

@@ -44,10 +44,8 @@ class Weights:
         self.rngs = nnx.Rngs(key)
         self.sizes = sizes or {
             "embed": model.d_model, "norm": model.d_model, "heads": model.heads, "kv": model.kv_heads,
-            "head": model.head_dim, "hidden": model.hidden, "vocab": model.vocab,
-            "gate": 2 if "glu" in model.activation else 1, "expert": model.moe.experts, "choice": model.moe.experts,
-            "one": 1,
-        }
+            "head": model.head_dim, "hidden": model.hidden, "vocab": model.vocab, "one": 1,
+            "gate": 2 if "glu" in model.activation else 1, "expert": model.moe.experts, "choice": model.moe.experts}
 
     def layers(self, numbers: Sequence[int]) -> "Weights":
         """The same, for layers of these numbers stacked along a first axis."""
@@ -76,9 +74,7 @@ class Weights:
 
 
 def stacked(axes: str) -> str:
-    if ":" in axes:
-        return f"layer {axes}"
-    return f"layer: {axes}" if "->" in axes else f"layer {axes}"
+    return f"layer: {axes}" if "->" in axes and ":" not in axes else f"layer {axes}"
 
 
 def use(weight: Any, dtype: Any) -> Array:
@@ -91,15 +87,12 @@ def use(weight: Any, dtype: Any) -> Array:
 
 def flatten(module: nnx.Module) -> dict[str, Any]:
     """name -> `nnx.Variable` of every weight, in the order of the model, e.g. "layers.0.0.attention.q"."""
-    flat = nnx.to_flat_state(nnx.state(module))
-    return {".".join(map(str, path)): variable for path, variable in flat}
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 
 def group(name: str) -> str:
     """What a weight is of: text, cross (attention), encoder or resampler."""
-    if name.startswith("vision."):
-        return name.split(".")[1]
-    return "cross" if ".cross." in name else "text"
+    return name.split(".")[1] if name.startswith("vision.") else "cross" if ".cross." in name else "text"
 
 
 def trainable(module: nnx.Module) -> dict[str, bool]:
