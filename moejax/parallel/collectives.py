@@ -41,8 +41,7 @@ def vary(tree: Any, axes: tuple[str, ...]) -> Any:
 
 def varying(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """The mesh axes over which the value may differ between devices."""
-    kind = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    return kind.manual_axis_type.varying
+    return (x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)).manual_axis_type.varying
 
 
 def match(tree: Any, *others: Array) -> Any:
@@ -97,9 +96,7 @@ def leave(x: Array, sequence: bool) -> Array:
 
 
 def exchange(x: Array, split: int, concat: int) -> Array:
-    if lax.axis_size("expert") == 1:
-        return x
-    return lax.all_to_all(x, "expert", split, concat, tiled=True)
+    return lax.all_to_all(x, "expert", split, concat, tiled=True) if lax.axis_size("expert") > 1 else x
 
 
 def collect(x: Array) -> Array:
@@ -107,9 +104,7 @@ def collect(x: Array) -> Array:
 
 
 def deliver(x: Array) -> Array:
-    if lax.axis_size("expert") == 1:
-        return x
-    return lax.psum_scatter(x, "expert", scatter_dimension=0, tiled=True)
+    return lax.psum_scatter(x, "expert", scatter_dimension=0, tiled=True) if lax.axis_size("expert") > 1 else x
 
 
 def to_stages(x: Array, dim: int) -> Array:
@@ -129,9 +124,8 @@ def pass_on(x: Array, step: int) -> Array:
 
 
 def after(tree: Any, *others: Any) -> Any:
-    """The same values, not before `others` are there.
-
-    On a CPU only: there the collectives of two independent computations can wait for each other's threads for ever.
+    """The same values, not before `others` are there.  On a CPU only: there the collectives of two independent
+    computations can wait for each other's threads for ever.
     """
     if jax.default_backend() != "cpu":
         return tree
@@ -139,24 +133,22 @@ def after(tree: Any, *others: Any) -> Any:
     return jax.tree.map(lambda x: x + never.astype(x.dtype), tree)
 
 
-def total(tree: Any, axes: tuple[str, ...]) -> Any:
-    """The sum over `axes`, of each value over those among them on which it varies."""
+def reduced(verb: Callable[..., Array], tree: Any, axes: tuple[str, ...]) -> Any:
+    """What a verb of lax makes of each value, over those among `axes` on which it varies."""
 
     def one(x: Array) -> Array:
         over = tuple(axis for axis in axes if axis in varying(x))
-        return lax.psum(x, over) if over else x
+        return verb(x, over) if over else x
 
     return jax.tree.map(one, tree)
+
+
+def total(tree: Any, axes: tuple[str, ...]) -> Any:
+    return reduced(lax.psum, tree, axes)
 
 
 def mean(tree: Any) -> Any:
-    """The mean over the batch axes and over `tensor`, of each value over those on which it varies."""
-
-    def one(x: Array) -> Array:
-        over = tuple(axis for axis in (*BATCH, "tensor") if axis in varying(x))
-        return lax.pmean(x, over) if over else x
-
-    return jax.tree.map(one, tree)
+    return reduced(lax.pmean, tree, (*BATCH, "tensor"))
 
 
 def once(x: Array) -> Array:
@@ -166,7 +158,7 @@ def once(x: Array) -> Array:
 
 def agree(tree: Any) -> Any:
     """Values that all tensor shards computed alike, typed as equal; a gradient then counts once."""
-    return jax.tree.map(lambda x: lax.pmean(x, "tensor") if "tensor" in varying(x) else x, tree)
+    return reduced(lax.pmean, tree, ("tensor",))
 
 
 def everywhere(x: Array, dim: int) -> Array:

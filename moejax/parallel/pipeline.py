@@ -42,12 +42,11 @@ class Plan(NamedTuple):
 
 def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
     """Slots for everything that waits.  In training without `save` the last part has no F: its B does it again."""
-    ticks, stages = len(schedule.ticks), schedule.stages
+    ticks, stages, at = len(schedule.ticks), schedule.stages, schedule.at
     last = stages * schedule.chunks - 1
-    at = schedule.at
     names = [f"{kind}_{what}" for kind in "fbw" for what in ("on", "m", "chunk", "slot", "first", "last")]
     names += ["f_save", "b_saved", "b_got", "b_owed", "get_x", "get_dy"]
-    columns = {name: np.zeros((ticks, stages), np.int32) for name in names}
+    columns = {name: np.full((ticks, stages), -1 if name.startswith("get") else 0, np.int32) for name in names}
     for tick, stage, op in schedule.ops():
         kind, part = op.kind.lower(), op.chunk * stages + stage
         skipped = train and not save and kind == "f" and part == last
@@ -58,9 +57,7 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
     def allocate(waits: list[tuple[int, int]], begin: Any, end: Any, **fill: Any) -> int:
         """Gives every (m, part) that waits the lowest slot that is free; returns how many there are.
 
-        Args:
-            begin, end: (m, part) -> tick.
-            fill: column -> its tick of (m, part), in which the slot is written down.
+        Args: begin, end: (m, part) -> tick; fill: column -> its tick of (m, part), in which the slot is written down.
         """
         busy: dict[int, list[int]] = {stage: [] for stage in range(stages)}  # until when, by slot
         for m, part in sorted(waits, key=lambda wait: begin(*wait)):
@@ -72,8 +69,8 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
                     columns[column][tick(m, part), part % stages] = slot
         return max(map(len, busy.values()))
 
-    def tick_of(kind: str, step: int = 0) -> Any:
-        return lambda m, part: at[kind, m, part + step]
+    def tick_of(kind: str) -> Any:
+        return lambda m, part: at[kind, m, part]
 
     def arrives(m: int, part: int) -> int | None:
         return at["F", m, part - 1] + 1 if part else None
@@ -81,21 +78,16 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
     def returns(m: int, part: int) -> int:
         return at["B", m, part + 1] + 1
 
-    def of(kind: str) -> list[Any]:
-        return [(m, part) for k, m, part in at if k == kind]
-
-    for column in ("get_x", "get_dy"):
-        columns[column][:] = -1
-    inputs = allocate(of("F"), lambda m, part: arrives(m, part) if part else at["F", m, part],
+    ops = {kind: [(m, part) for k, m, part in at if k == kind] for kind in "FBW"}
+    inputs = allocate(ops["F"], lambda m, part: arrives(m, part) if part else at["F", m, part],
                       tick_of("B" if train and not save else "F"), get_x=arrives, f_slot=tick_of("F"),
                       **({"b_slot": tick_of("B")} if train else {}))
-    saved = allocate(of("F"), tick_of("F"), tick_of("B"), f_save=tick_of("F"), b_saved=tick_of("B")) if save else 0
-    back = [wait for wait in of("B") if wait[1] < last]
+    saved = allocate(ops["F"], tick_of("F"), tick_of("B"), f_save=tick_of("F"), b_saved=tick_of("B")) if save else 0
+    back = [(m, part) for m, part in ops["B"] if part < last]
     grads = allocate(back, returns, tick_of("B"), get_dy=returns, b_got=tick_of("B"))
-    owed = allocate(of("W"), tick_of("B"), tick_of("W"), b_owed=tick_of("B"), w_slot=tick_of("W"))
+    owed = allocate(ops["W"], tick_of("B"), tick_of("W"), b_owed=tick_of("B"), w_slot=tick_of("W"))
     for column, size in (("get_x", inputs), ("get_dy", grads)):
-        # The slot after the last is for what nobody needs.
-        columns[column] = np.where(columns[column] < 0, size, columns[column])
+        columns[column][columns[column] < 0] = size  # the slot after the last is for what nobody needs
     return Plan(columns, inputs, saved, grads, owed)
 
 
@@ -105,9 +97,8 @@ def here(plan: Plan) -> dict[str, Array]:
 
 
 class Pull(NamedTuple):
-    """The gradient of `middle` as a function of what its forward left: the same for every part and microbatch.
-
-    Where something is kept, an entry is the number of the weight that it is, or its type.
+    """The gradient of `middle` as a function of what its forward left: the same for every part and microbatch.  Where
+    something is kept, an entry is the number of the weight that it is, or its type.
     """
 
     tree: Any  # of the function that jax.vjp returns
@@ -261,8 +252,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
             if "F" in does:
                 # Of the weights' gradients one that varies over no more axes than y does.
                 least = min(jax.tree.leaves(carry["weights"]), key=lambda one: len(collectives.varying(one)))
-                done = (carry["dx"], least)
-                carry["y"] = collectives.pass_on(collectives.after(carry["y"], *done), 1)
+                carry["y"] = collectives.pass_on(collectives.after(carry["y"], carry["dx"], least), 1)
             if "B" in does:
                 carry["dx"] = collectives.pass_on(collectives.after(carry["dx"], carry["y"]), -1)
             return carry, None
@@ -353,9 +343,8 @@ def read(buffer: Array, slot: Array | int) -> Array:
 
 
 def read_after(buffer: Array, slot: Array, other: Array) -> Array:
-    """Not before `other` is there (see collectives.after), unless the type of what is read is too narrow for that.
-
-    A branch of a condition begins when all that it reads is there, so that one such read is enough.
+    """Not before `other` is there (see collectives.after), unless the type of what is read is too narrow for that.  A
+    branch of a condition begins when all that it reads is there, so that one such read is enough.
     """
     last = collectives.after(slot, other)
     return read(buffer, last if collectives.varying(last) <= collectives.varying(buffer) else slot)

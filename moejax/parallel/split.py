@@ -7,7 +7,6 @@ its carry needs runs now and stacks what the rest will use.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.api_util import debug_info
@@ -23,16 +22,14 @@ class Step(NamedTuple):
 
 
 class Split:
-    """now(inputs) -> (the wanted results, kept values); later(kept) -> the other results.
-
-    `kept_inputs` gives for each kept value the number of the input that it is, or None.
+    """now(inputs) -> (the wanted results, kept values); later(kept) -> the other results.  `kept_inputs` gives for each
+    kept value the number of the input that it is, or None.
     """
 
     def __init__(self, function: core.ClosedJaxpr, wanted: Sequence[bool]):
         jaxpr = function.jaxpr
         self.inputs, self.consts = list(jaxpr.invars), dict(zip(jaxpr.constvars, function.consts, strict=True))
-        self.first = [out for out, now in zip(jaxpr.outvars, wanted, strict=True) if now]
-        self.rest = [out for out, now in zip(jaxpr.outvars, wanted, strict=True) if not now]
+        self.first, self.rest = parted(jaxpr.outvars, wanted)
         self.early, self.late, self.kept = cut(jaxpr, self.first, self.rest)
         self.kept_inputs = [self.inputs.index(key) if key in self.inputs else None for key in self.kept]
 
@@ -47,7 +44,7 @@ class Split:
 
 def cut(jaxpr: core.Jaxpr, first: Sequence[Key], rest: Sequence[Key]) -> tuple[list[Step], list[Step], list[Key]]:
     """Steps that `first` needs, steps that only `rest` needs, and the values that the latter use of the former."""
-    needed = {out for out in first if not isinstance(out, core.Literal)}
+    needed, used = set(variables(first)), set(variables(rest))
     early: list[Step] = []
     late: list[Step] = []
     for eqn in reversed(jaxpr.eqns):
@@ -58,13 +55,12 @@ def cut(jaxpr: core.Jaxpr, first: Sequence[Key], rest: Sequence[Key]) -> tuple[l
             a, b = cut_scan(eqn, now)
             early.append(a)
             late.append(b)
-            needed.update(key for key in a.inputs if not isinstance(key, core.Literal))
+            needed.update(variables(a.inputs))
         else:
             early.append(step(eqn))
-            needed.update(key for key in eqn.invars if not isinstance(key, core.Literal))
+            needed.update(variables(eqn.invars))
     early.reverse()
-    used = {out for out in rest if not isinstance(out, core.Literal)}
-    late = [used.update(key for key in one.inputs if not isinstance(key, core.Literal)) or one
+    late = [used.update(variables(one.inputs)) or one
             for one in late if used & set(one.outputs)]  # from the last to the first, so nothing idle remains
     late.reverse()
     made = {key for one in late for key in one.outputs}
@@ -72,8 +68,19 @@ def cut(jaxpr: core.Jaxpr, first: Sequence[Key], rest: Sequence[Key]) -> tuple[l
     return early, late, [key for key in dict.fromkeys(known) if key in used and key not in made]
 
 
+def parted(values: Sequence[Any], now: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """Those that are wanted now, and the others."""
+    both = list(zip(values, now, strict=True))
+    return [value for value, here in both if here], [value for value, here in both if not here]
+
+
+def variables(keys: Sequence[Key]) -> list[Key]:
+    """Each once, without what is known while tracing."""
+    return list(dict.fromkeys(key for key in keys if not isinstance(key, core.Literal)))
+
+
 def step(eqn: core.JaxprEqn) -> Step:
-    inputs = list(dict.fromkeys(key for key in eqn.invars if not isinstance(key, core.Literal)))
+    inputs = variables(eqn.invars)
     about = debug_info("step", lambda *inputs: None, inputs, {}).with_unknown_names()
     alone = core.ClosedJaxpr(core.Jaxpr((), inputs, eqn.outvars, [eqn], eqn.effects, about), ())
     return Step(inputs, list(eqn.outvars), core.jaxpr_as_fun(alone))
@@ -85,10 +92,8 @@ def cut_scan(eqn: core.JaxprEqn, now: Sequence[bool]) -> tuple[Step, Step]:
     carries = sum(out.aval.ndim == inner.aval.ndim for out, inner in zip(eqn.outvars, body.jaxpr.outvars, strict=True))
     slices = sum(one.aval.ndim != inner.aval.ndim for one, inner in zip(eqn.invars, body.jaxpr.invars, strict=True))
     fixed = len(eqn.invars) - carries - slices
-    outs = body.jaxpr.outvars
     now = [True] * carries + list(now[carries:])  # the carry always runs on
-    first = [out for out, here in zip(outs, now, strict=True) if here]
-    rest = [out for out, here in zip(outs, now, strict=True) if not here]
+    first, rest = parted(body.jaxpr.outvars, now)
     early, late, kept = cut(body.jaxpr, first, rest)
     inner = body.jaxpr.invars
     outer = dict(zip(inner, eqn.invars, strict=True))
@@ -119,23 +124,16 @@ def cut_scan(eqn: core.JaxprEqn, now: Sequence[bool]) -> tuple[Step, Step]:
 
         return lax.scan(one, None, slices, length, reverse)[1]
 
-    inputs = list(dict.fromkeys(key for key in eqn.invars if not isinstance(key, core.Literal)))
-    outputs = [out for out, here in zip(eqn.outvars, now, strict=True) if here]
-    others = [out for out, here in zip(eqn.outvars, now, strict=True) if not here]
+    inputs, (outputs, others) = variables(eqn.invars), parted(eqn.outvars, now)
     return (Step(inputs, [*outputs, *stacks], run_now),
             Step([*(outer[key] for key in [*stay, *sliced]), *stacks], others, run_later))
 
 
 def follow(steps: Sequence[Step], values: dict[Key, Array]) -> dict[Key, Array]:
     for one in steps:
-        found = one.run(*(value_of(key, values) for key in one.inputs))
-        values.update(zip(one.outputs, found, strict=True))
+        values.update(zip(one.outputs, one.run(*(value_of(key, values) for key in one.inputs)), strict=True))
     return values
 
 
 def value_of(key: Key, values: dict[Key, Array]) -> Any:
     return jnp.asarray(key.val) if isinstance(key, core.Literal) else values[key]
-
-
-def trace(function: Callable[..., Any], *args: Any) -> core.ClosedJaxpr:
-    return jax.make_jaxpr(function)(*args)
