@@ -9,46 +9,41 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import P
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from moejax import config as configs
 from moejax.config import ConfigError
-from moejax.train.checkpoint import Damaged, folder_of, open_manager, portions, read, read_manifest
+from moejax.train.checkpoint import Damaged, open_run, portions, read, read_manifest
 
 
-def open_run(run: str) -> ocp.CheckpointManager:
+def open_folder(run: str) -> ocp.CheckpointManager:
     """The checkpoints of a run folder, to read.  Raises ConfigError if it is none, or holds no checkpoint."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise ConfigError([f"a run folder holds a config.json; {run} has none; give the run_dir of a training run"])
-    folder = folder_of(configs.from_json(path.read_text()).checkpoint, run)
-    manager = open_manager(folder, None) if folder.is_dir() else None
-    if manager is None or not manager.all_steps():
-        raise ConfigError([f"a run folder holds checkpoints; {run} has none; train it first"])
-    return manager
+    return open_run(configs.from_json(path.read_text()).checkpoint, run)
 
 
 def contents(run: str) -> list[dict[str, Any]]:
     """Step, tokens, arrays, bytes and time of every checkpoint, by their manifests alone, which may be damaged."""
-    manager, rows = open_run(run), []
+    manager, rows = open_folder(run), []
     for step in sorted(manager.all_steps()):
         try:
             manifest = read_manifest(manager.directory, step)
         except Damaged as error:
             rows.append({"step": step, "damaged": str(error)})
             continue
-        saved = (manager.directory / str(step)).stat().mtime
-        rows.append({"step": step, "tokens": manifest["tokens"], "arrays": len(manifest["arrays"]),
-                     "bytes": sum(math.prod(one["shape"]) * np.dtype(one["dtype"]).itemsize
-                                  for one in manifest["arrays"].values()),
+        arrays, saved = manifest["arrays"].values(), (manager.directory / str(step)).stat().mtime
+        rows.append({"step": step, "tokens": manifest["tokens"], "arrays": len(arrays),
+                     "bytes": sum(math.prod(one["shape"]) * np.dtype(one["dtype"]).itemsize for one in arrays),
                      "saved": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved))})
     return rows
 
 
 def verify(run: str) -> dict[int, str]:
     """What is wrong with every checkpoint of a run, "" where it is as it was saved."""
-    manager, found = open_run(run), {}
+    manager, found = open_folder(run), {}
     for step in sorted(manager.all_steps()):
         try:
             found[step] = ""
@@ -82,7 +77,7 @@ def pick(name: str) -> tuple[ocp.CheckpointManager, int]:
     run, _, step = name.rpartition("@")
     if not step.isdigit() or Path(name).is_dir():
         run, step = name, ""
-    manager = open_run(run)
+    manager = open_folder(run)
     steps = sorted(manager.all_steps())
     if step and int(step) not in steps:
         raise ConfigError([f"RUN@STEP names a checkpoint; {run} has none of step {step}; "

@@ -74,7 +74,6 @@ def checksums(arrays: dict[str, Array]) -> Array:
 @cache
 def summing(mesh: Mesh, specs: tuple[P, ...]) -> Callable[[list[Array]], Array]:
     """jitted: arrays placed so -> what `checksums` gives."""
-
     return jax.jit(jax.shard_map(
         lambda arrays: jnp.stack([share(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)])[:, None],
         mesh=mesh, in_specs=(list(specs),), out_specs=P(None, mesh.axis_names), check_vma=False))
@@ -121,16 +120,15 @@ class Manifest(ocp.AsyncCheckpointHandler):
     async def async_save(self, directory: Any, args: "SaveManifest") -> list[ocp.future.Future]:
         async def write() -> None:
             text = json.dumps(args.make(), sort_keys=True)
-            (directory / FILE.format(jax.process_index())).write_text(
-                json.dumps({"crc32": zlib.crc32(text.encode()), "of": text}))
+            whole = json.dumps({"crc32": zlib.crc32(text.encode()), "of": text})
+            (directory / FILE.format(jax.process_index())).write_text(whole)
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
-    def save(self, directory: Any, args: "SaveManifest") -> None:
-        raise NotImplementedError("saved asynchronously only")
+    def save(self, directory: Any, args: Any = None) -> None:
+        raise NotImplementedError("saved asynchronously only, and read by read_manifest")
 
-    def restore(self, directory: Any, args: Any = None) -> None:
-        raise NotImplementedError("read by read_manifest")
+    restore = save
 
 
 @ocp.args.register_with_handler(Manifest, for_save=True, for_restore=True)
@@ -161,12 +159,8 @@ def read_part(folder: epath.Path, step: int, process: int) -> dict[str, Any]:
 
 def flat(state: State) -> dict[str, Any]:
     """Every array of a state but the step, by name: "weights/embedding", "optimizer/0/mu/embedding"."""
-    return {name: leaf for name, leaf in named(state) if name != "step"}
-
-
-def named(state: State) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state._replace(step=None))}
 
 
 def differences(there: Config, here: Config) -> list[str]:
@@ -204,6 +198,15 @@ def open_manager(folder: epath.Path, rules: configs.Checkpoint | None) -> ocp.Ch
     return ocp.CheckpointManager(folder, options=options, item_handlers={"arrays": arrays, "manifest": Manifest()})
 
 
+def open_run(rules: configs.Checkpoint, run_dir: str | Path) -> ocp.CheckpointManager:
+    """The checkpoints of a run, to read.  Raises ConfigError where there are none."""
+    folder = folder_of(rules, run_dir)
+    manager = open_manager(folder, None) if folder.is_dir() else None
+    if manager is None or not manager.all_steps():
+        raise ConfigError([f"a run folder holds checkpoints; {run_dir} has none; train it first"])
+    return manager
+
+
 def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.ShapeDtypeStruct]) -> Any:
     """Some arrays of a checkpoint, by name and placed as the targets say, and its manifest.  Raises Damaged: something
     is missing or not as it was saved; ConfigError: the checkpoint holds arrays of other names, shapes or types.
@@ -211,9 +214,8 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
     manifest = read_manifest(manager.directory, step)
     there = {name: (tuple(one["shape"]), one["dtype"]) for name, one in manifest["arrays"].items()}
     here = {name: (one.shape, str(one.dtype)) for name, one in targets.items()}
-    differ = [f"{name} is {there.get(name, 'missing')} there and {kind} here"
-              for name, kind in here.items() if there.get(name) != kind]
-    if differ:
+    if differ := [f"{name} is {there.get(name, 'missing')} there and {kind} here"
+                  for name, kind in here.items() if there.get(name) != kind]:
         raise ConfigError([
             f"a checkpoint is read by the model that wrote it; step {step} in {manager.directory} is of another: "
             f"{'; '.join(differ[:3])}{' …' * (len(differ) > 3)}; undo the change of the config"])
@@ -234,9 +236,7 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
 
 
 def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Arrays that Orbax saved, placed as the targets say.  Orbax's own restore gives the same, at 0.4 of this
-    bandwidth: it reads into memory that JAX then has to copy.
-    """
+    """Arrays that Orbax saved, placed as the targets say.  Its own restore has JAX copy them: 0.4 of this bandwidth."""
     context = ocp.type_handlers.get_ts_context()
     stores = {name: ts.open(ocp.type_handlers.get_json_tspec_read(ocp.type_handlers.ParamInfo(
         name=name, parent_dir=folder), use_ocdbt=True), context=context, read=True) for name in targets}
@@ -258,12 +258,12 @@ def load(folder: epath.Path, targets: dict[str, jax.ShapeDtypeStruct]) -> dict[s
 
 def portions(arrays: dict[str, jax.ShapeDtypeStruct]) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """The arrays in order, at most AT_ONCE bytes, or one, at a time."""
-    found, left = [], 0
+    found, held = [], math.inf
     for name, one in arrays.items():
-        left -= one.size * one.dtype.itemsize
-        if not found or left < 0:
+        held += one.size * one.dtype.itemsize
+        if held > AT_ONCE:
             found.append({})
-            left = AT_ONCE - one.size * one.dtype.itemsize
+            held = one.size * one.dtype.itemsize
         found[-1][name] = one
     return found
 
@@ -371,11 +371,11 @@ class Checkpoints:
 
     def restore(self, abstract: State, place: State, before: float = math.inf) -> tuple[State, Position] | None:
         """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""
-        targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for (name, leaf), sharding in
-                   zip(named(abstract), jax.tree.leaves(place), strict=True) if name != "step"}
+        places = flat(place)
+        targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+                   for name, leaf in flat(abstract).items()}
         self.check(0, wait=True)
-        found = newest_good(self.manager, targets, self.say, before)
-        if found is None:
+        if (found := newest_good(self.manager, targets, self.say, before)) is None:
             return None
         step, arrays, manifest = found
         if manifest["rng"] != (here := random_kind(self.config)):
@@ -388,8 +388,8 @@ class Checkpoints:
         if newer := [other for other in self.manager.all_steps() if other > step]:
             self.set_aside(newer)
         counted = jax.jit(lambda: jnp.int32(step), out_shardings=place.step)()
-        leaves = [counted if name == "step" else arrays[name] for name, _ in named(abstract)]
-        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), Position(step, manifest["offset"])
+        state = jax.tree.unflatten(jax.tree.structure(abstract._replace(step=None)), [arrays[name] for name in targets])
+        return state._replace(step=counted), Position(step, manifest["offset"])
 
     def set_aside(self, steps: list[int]) -> None:
         """Move checkpoints to where the run does not look."""
@@ -443,24 +443,15 @@ def write_weights(config: Config, weights: dict[str, Array]) -> None:
         raise SaveFailed(f"the weights could not be written to {checkpoints.folder}; make room and try again")
 
 
-def restore_weights(
-    run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell, rules: configs.Checkpoint | None = None,
-    targets: Mapping[str, jax.ShapeDtypeStruct] | None = None,
-) -> dict[str, Array]:
+def restore_weights(run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell,
+                    rules: configs.Checkpoint | None = None,
+                    targets: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Array]:
     """The newest good weights of a run, on any mesh: the model's, or those that the targets say.  The rules are the
-    run's own, where they are not those of the model's config.
-
-    Raises ConfigError where there is no complete checkpoint, or no good one.
+    run's own, where they are not those of the model's config.  Raises ConfigError where there is no good checkpoint.
     """
-    folder = folder_of(rules or sharded.config.checkpoint, run_dir)
     targets = targets or {name: jax.ShapeDtypeStruct(sharded.shapes[name], jnp.float32, sharding=place)
                           for name, place in sharded.shardings.items()}
-    targets = {f"weights/{name}": target for name, target in targets.items()}
-    found = None
-    if folder.is_dir():
-        manager = open_manager(folder, None)
-        found = newest_good(manager, targets, say)
-        manager.close()
-    if found is None:
-        raise ConfigError([f"a run folder holds checkpoints; {run_dir} has none; train it first"])
-    return {name.removeprefix("weights/"): value for name, value in found[1].items()}
+    manager = open_run(rules or sharded.config.checkpoint, run_dir)
+    _, values, _ = newest_good(manager, {f"weights/{name}": target for name, target in targets.items()}, say)
+    manager.close()
+    return {name.removeprefix("weights/"): value for name, value in values.items()}
