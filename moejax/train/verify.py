@@ -5,17 +5,15 @@ float32 sums taken in another order: 1e-5 relative on the loss and the clip norm
 each gradient over its norm; routing decisions and drops are equal.
 """
 
-import dataclasses
 import itertools
-import sys
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.sharding import PartitionSpec as P
+from jax import Array, P
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError
@@ -28,6 +26,7 @@ from moejax.parallel import collectives
 from moejax.parallel import mesh as meshes
 from moejax.parallel.axes import AXES, rows
 from moejax.train import state as states
+from moejax.train.fault import tell
 from moejax.train.optimizer import make_optimizer
 from moejax.train.step import batch_spec, make_gradients, make_update, pipeline_forwards, step_key
 
@@ -53,20 +52,18 @@ class Difference(NamedTuple):
 
 
 def verify(config: Config, steps: int = 2) -> dict[str, Any]:
-    """Compare every layout that the config and 8 fake devices (or its own, if more) allow with one device.
-
-    Prints a table on stderr as it goes.
+    """Compare every layout that the config and 8 fake devices (or its own, if more) allow with one device, and print a
+    table on stderr on the way.
 
     Returns: {"passed", "layouts": [{"layout", "loss", "gradient", "tensor", "flips", "clip_norm", "passed"}], "first"}.
-    Raises:
-        ConfigError: the config leaves nothing to compare with, or its text cannot be used.
+    Raises ConfigError: the config leaves nothing to compare with, or its text cannot be used.
     """
     if steps < 1:
         raise ConfigError([f"--steps must be 1 or more; got {steps}"])
     devices = max(config.mesh.fake_devices, 8)
-    meshes.start(dataclasses.replace(config.mesh, fake_devices=devices))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute="float32"))
-    with closing(make_samples(config, open_corpus(config.data, config.model.vocab), "train", say)) as samples:
+    meshes.start(replace(config.mesh, fake_devices=devices))
+    config = replace(config, train=replace(config.train, compute="float32"))
+    with closing(make_samples(config, open_corpus(config.data, config.model.vocab), "train", tell)) as samples:
         batches = [train_batch(samples, config.data.batch, i) for i in range(steps)]
     cases = layouts(config, devices)
     if not cases:
@@ -75,13 +72,19 @@ def verify(config: Config, steps: int = 2) -> dict[str, Any]:
     # The same weights for all: that they start alike on every mesh is the initialisation's business.
     weights = opened(make_sharded(single(config)).init(config.train.seed))
     reference = run(single(config), weights, batches)
-    say(f"relative differences from one device in float32, {steps} steps\n{'layout':<46} {'loss':<7}  {'clip':<7}  "
+    tell(f"relative differences from one device in float32, {steps} steps\n{'layout':<46} {'loss':<7}  {'clip':<7}  "
         f"{'worst':<7}  {'decisions':<10} {'':<8} worst gradient in")
     found = []
     for name, case in cases:
-        found.append((name, compare(reference, run(case, weights, batches))))
-        say(row(*found[-1]))
-    return summary(found)
+        d = compare(reference, run(case, weights, batches))
+        decisions, mark = f"{d.flips} differ" if d.flips else "equal", "DIFFERS" if d.wrong else "same"
+        tell(f"{name:<46} {d.loss:>7.1e}  {d.norm:>7.1e}  {d.gradient:>7.1e}  {decisions:<10} {mark:<8} {d.tensor}")
+        found.append((name, d))
+    first = next((f"{name}: {d.wrong[0]}" for name, d in found if d.wrong), None)
+    tell(f"verify: {first}" if first else f"verify: {len(found)} layouts give the same numbers")
+    return {"passed": first is None, "first": first, "layouts": [
+        {"layout": name, "loss": d.loss, "clip_norm": d.norm, "gradient": d.gradient, "tensor": d.tensor,
+         "flips": d.flips, "passed": not d.wrong} for name, d in found]}
 
 
 def opened(weights: dict[str, Array]) -> dict[str, Array]:
@@ -91,8 +94,7 @@ def opened(weights: dict[str, Array]) -> dict[str, Array]:
 
 
 def single(config: Config) -> Config:
-    train = dataclasses.replace(config.train, microbatches=1)
-    return dataclasses.replace(config, mesh=configs.Mesh(), train=train)
+    return replace(config, mesh=configs.Mesh(), train=replace(config.train, microbatches=1))
 
 
 def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
@@ -104,13 +106,14 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
         if not configs.check(case) and case not in [config, *(c for _, c in found)]:
             found.append((name, case))
 
+    def cut(mesh: configs.Mesh, count: int) -> Config:
+        return replace(config, mesh=mesh, train=replace(config.train, microbatches=count))
+
     def add_pipeline(mesh: configs.Mesh) -> None:
         """With the most microbatches that the batch allows."""
-        for count in (4, 2, 1):
-            train = dataclasses.replace(config.train, microbatches=count)
-            case = dataclasses.replace(config, mesh=mesh, train=train)
-            if not configs.check(case):
-                return add(describe(mesh), case)
+        fits = [case for count in (4, 2, 1) if not configs.check(case := cut(mesh, count))]
+        if fits:
+            add(describe(mesh), fits[0])
 
     for count in (1, 2, 3):
         for axes in itertools.combinations(("data", "fsdp", "pipeline", "expert", "tensor"), count):
@@ -118,31 +121,25 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
             if mesh and mesh.pipeline > 1:
                 add_pipeline(mesh)
             elif mesh:
-                add(describe(mesh), dataclasses.replace(config, mesh=mesh))
-    pipe = largest(config, ("pipeline", "tensor"), devices) or largest(config, ("pipeline",), devices)
-    if pipe:
+                add(describe(mesh), replace(config, mesh=mesh))
+    if pipe := largest(config, ("pipeline", "tensor"), devices) or largest(config, ("pipeline",), devices):
         uneven = (config.model.layers - pipe.pipeline + 1, *[1] * (pipe.pipeline - 1))
         for changes in ({"schedule": "gpipe"}, {"schedule": "zero_bubble"}, {"schedule": "interleaved", "chunks": 2},
                         {"stage_layers": uneven}):
             for stages in (pipe.pipeline, 2):  # several chunks need more layers
-                add_pipeline(dataclasses.replace(pipe, **{"pipeline": stages} | changes))
-    add("as configured", dataclasses.replace(own, mesh=dataclasses.replace(own.mesh, fake_devices=0)))
-    for option, axes in (("sequence", ("data", "tensor")), ("zero1", ("data", "tensor"))):
-        mesh = largest(config, axes, devices)
-        if mesh:
-            mesh = dataclasses.replace(mesh, **{option: True})
-            add(f"{describe(mesh)} {option}", dataclasses.replace(config, mesh=mesh))
+                add_pipeline(replace(pipe, **{"pipeline": stages} | changes))
+    add("as configured", replace(own, mesh=replace(own.mesh, fake_devices=0)))
+    if mesh := largest(config, ("data", "tensor"), devices):
+        for option in ("sequence", "zero1"):
+            add(f"{describe(mesh)} {option}", replace(config, mesh=replace(mesh, **{option: True})))
     base = next((mesh for axes in (("data", "expert", "tensor"), ("expert", "tensor"), ("expert",), ("data",))
                  if (mesh := largest(config, axes, devices))), configs.Mesh())
     if "M" in config.model.layer_kinds():
-        for dispatcher in ("sorted", "blocked", "einsum"):
-            model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, dispatcher=dispatcher))
-            for mesh in (configs.Mesh(), base):
-                add(f"{describe(mesh)} {dispatcher}", dataclasses.replace(config, model=model, mesh=mesh))
-    for count in (2, 4):
-        train = dataclasses.replace(config.train, microbatches=count)
-        for mesh in (configs.Mesh(), base):
-            add(f"{describe(mesh)} microbatches {count}", dataclasses.replace(config, train=train, mesh=mesh))
+        for dispatcher, mesh in itertools.product(("sorted", "blocked", "einsum"), (configs.Mesh(), base)):
+            model = replace(config.model, moe=replace(config.model.moe, dispatcher=dispatcher))
+            add(f"{describe(mesh)} {dispatcher}", replace(config, model=model, mesh=mesh))
+    for count, mesh in itertools.product((2, 4), (configs.Mesh(), base)):
+        add(f"{describe(mesh)} microbatches {count}", cut(mesh, count))
     if config.model.moe.balance_scope == "batch":  # whose loss is defined over a microbatch
         found = [(name, case) for name, case in found if case.train.microbatches == 1]
     return found
@@ -150,13 +147,10 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
 
 def largest(config: Config, axes: tuple[str, ...], devices: int) -> configs.Mesh | None:
     """The mesh of these axes, each 2 or longer, that uses the most of the devices and that the config allows."""
-    best = None
-    for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)):
-        mesh = configs.Mesh(**dict(zip(axes, lengths, strict=True)))
-        fits = mesh.devices() <= devices and not configs.check(dataclasses.replace(config, mesh=mesh))
-        if fits and (best is None or mesh.devices() > best.devices()):
-            best = mesh
-    return best
+    every = (configs.Mesh(**dict(zip(axes, lengths, strict=True)))
+             for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)))
+    fit = [mesh for mesh in every if mesh.devices() <= devices and not configs.check(replace(config, mesh=mesh))]
+    return max(fit, key=configs.Mesh.devices, default=None)
 
 
 def describe(mesh: configs.Mesh) -> str:
@@ -164,10 +158,6 @@ def describe(mesh: configs.Mesh) -> str:
     options = [mesh.schedule] if mesh.pipeline > 1 else []
     options += [f"{mesh.chunks} chunks"] * (mesh.chunks > 1) + [str(list(mesh.stage_layers))] * bool(mesh.stage_layers)
     return " ".join([" × ".join(lengths) or "one device", *options])
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_sharded(config: Config) -> Sharded:
@@ -184,10 +174,9 @@ def run(config: Config, weights: dict[str, Array], batches: list[Batch]) -> Run:
     losses, norms = [], []
     for number, batch in enumerate(batches):
         placed, key = on_mesh(sharded.mesh, batch), step_key(sharded, state.step)
-        if number == 0:
-            decisions = np.asarray(jax.jit(make_decisions(sharded))(state.weights, placed, key))
         gradients, figures = gradients_of(state.weights, placed, key)
         if number == 0:
+            decisions = np.asarray(jax.jit(make_decisions(sharded))(state.weights, placed, key))
             first = {name: np.asarray(value) for name, value in gradients.items()}
         state, found = update(state, gradients, figures)
         losses.append(float(found["loss"]))
@@ -197,8 +186,6 @@ def run(config: Config, weights: dict[str, Array], batches: list[Batch]) -> Run:
 
 def make_decisions(sharded: Sharded) -> Any:
     """(weights, batch, key) -> what the routers decide in training, [L B T A]: the expert, or -1 - it if full."""
-    place = rows(sharded.mesh.shape)
-
     def code(routing: Routing) -> Array:
         return jnp.where(routing.kept, routing.expert, -1 - routing.expert)
 
@@ -216,7 +203,7 @@ def make_decisions(sharded: Sharded) -> Any:
         found = sharded.stages.of_layers(found.reshape(*found.shape[:2], -1, *found.shape[4:]))
         return collectives.total(found, ("pipeline",))
 
-    return sharded.program(device, (batch_spec(sharded), P()), P(None, *place))
+    return sharded.program(device, (batch_spec(sharded), P()), P(None, *rows(sharded.mesh.shape)))
 
 
 def compare(a: Run, b: Run) -> Difference:
@@ -237,23 +224,8 @@ def compare(a: Run, b: Run) -> Difference:
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:
-    norm = float(np.linalg.norm(a))
-    difference = float(np.linalg.norm(a - b))
+    norm, difference = float(np.linalg.norm(a)), float(np.linalg.norm(a - b))
     if not np.isfinite(difference):
         return np.inf
     return difference / norm if norm else difference
 
-
-def row(name: str, d: Difference) -> str:
-    """A line of the table."""
-    decisions = f"{d.flips} differ" if d.flips else "equal"
-    mark = "DIFFERS" if d.wrong else "same"
-    return f"{name:<46} {d.loss:>7.1e}  {d.norm:>7.1e}  {d.gradient:>7.1e}  {decisions:<10} {mark:<8} {d.tensor}"
-
-
-def summary(found: list[tuple[str, Difference]]) -> dict[str, Any]:
-    first = next((f"{name}: {d.wrong[0]}" for name, d in found if d.wrong), None)
-    say(f"verify: {first}" if first else f"verify: {len(found)} layouts give the same numbers")
-    return {"passed": first is None, "first": first, "layouts": [
-        {"layout": name, "loss": d.loss, "clip_norm": d.norm, "gradient": d.gradient, "tensor": d.tensor,
-         "flips": d.flips, "passed": not d.wrong} for name, d in found]}
