@@ -22,25 +22,19 @@ from moejax.train.fault import tell
 
 def beginning(sharded: Sharded) -> dict[str, Array] | None:
     """The weights of train.init, if it names runs: each weight from the first that has it, and fresh where none has.
-
-    Raises:
-        ConfigError: one is no run folder, or has nothing of this model, or as `adopt`.
+    Raises ConfigError: one is no run folder, or has nothing of this model, or as `adopt`.
     """
     found: dict[str, Array] = {}
     folders = [Path(name.strip()) for name in sharded.config.train.init.split(",") if name.strip()]
     if not folders:
         return None
-    there = {folder: config_of(folder) for folder in folders}
-    for folder, config in there.items():
-        unlike = [what for what in differences(config, sharded.config) if what.startswith("model.")]
-        if unlike:
+    for folder, config in {folder: config_of(folder) for folder in folders}.items():  # all are read before any is used
+        if unlike := [what for what in differences(config, sharded.config) if what.startswith("model.")]:
             tell(f"this model is not that of {folder}: {'; '.join(unlike)}")
         found = adopt(folder, config, sharded) | found
-    fresh = [name for name in sharded.shapes if name not in found]
-    if fresh:
-        groups = ", ".join(sorted({group(name) for name in fresh}))
+    if fresh := [name for name in sharded.shapes if name not in found]:
         tell(f"{len(fresh)} of {len(sharded.shapes)} weights are in none of {', '.join(map(str, folders))} and start "
-             f"fresh ({groups})")
+             f"fresh ({', '.join(sorted({group(name) for name in fresh}))})")
     return found | sharded.init(sharded.config.train.seed, fresh)
 
 
@@ -59,9 +53,7 @@ def config_of(folder: Path) -> Config:
 
 def adopt(folder: Path, there: Config, sharded: Sharded) -> dict[str, Array]:
     """Those weights of this model that a run of another config has: all of text, cross, encoder or resampler, or none.
-
-    Raises:
-        ConfigError: it has nothing, or a part of one of these, or other sizes; or as `restore_weights`.
+    Raises ConfigError: it has nothing, or a part of one of these, or other sizes; or as `restore_weights`.
     """
     old = weights.flatten(transformer.abstract(there.model))
     at = {layer: (prefix, row) for prefix, layers in transformer.stacks(there.model).items()
@@ -85,11 +77,10 @@ def adopt(folder: Path, there: Config, sharded: Sharded) -> dict[str, Array]:
             shape, cut = old[source].shape, name.startswith("runs.")
             if shape[cut:] != sharded.shapes[name][cut:]:
                 wrong.append(f"{name} has {shape}, and {sharded.shapes[name]} here")
-            elif shape == sharded.shapes[name]:
-                targets[source] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharded.shardings[name])
-            else:
-                place = axes.spec(old[source].axes, shape, dict(sharded.mesh.shape) | {"pipeline": 1})
-                targets[source] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(sharded.mesh, place))
+                continue
+            place = sharded.specs[name] if shape == sharded.shapes[name] else axes.spec(
+                old[source].axes, shape, dict(sharded.mesh.shape) | {"pipeline": 1})
+            targets[source] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(sharded.mesh, place))
     if wrong:
         raise ConfigError([f"a run begins with weights of a model like its own; in {folder} {'; '.join(wrong[:3])}"
                            f"{' …' * (len(wrong) > 3)}; set the model's fields to those of {folder}/config.json"])
@@ -104,8 +95,6 @@ def restack(name: str, rows: list[tuple[str, int | None]], values: dict[str, Arr
         return jax.device_put(values[sources[0]], sharded.shardings[name])
     begin = {source: sum(len(values[other]) for other in sources[:i]) for i, source in enumerate(sources)}
     index = [begin[source] + row for source, row in rows]
-
-    def take(*stacks: Array) -> Array:
-        return jnp.take(jnp.concatenate(stacks), jnp.asarray(index), 0)
-
-    return jax.jit(take, out_shardings=sharded.shardings[name])(*(values[source] for source in sources))
+    take = jax.jit(lambda *stacks: jnp.take(jnp.concatenate(stacks), jnp.asarray(index), 0),
+                   out_shardings=sharded.shardings[name])
+    return take(*(values[source] for source in sources))

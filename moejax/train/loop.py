@@ -50,12 +50,9 @@ def train(config: Config) -> dict[str, Any]:
     """Train until config.train.steps or a signal to stop, from the newest good checkpoint of the run if there is one.
 
     Returns: the last record of metrics.jsonl; with `stopped`, the signal's name, if there was one.
-    Raises:
-        ConfigError: the run folder holds a run of another config; the text cannot be used; devices are missing; every
-            checkpoint is damaged.
-        Diverged: bad steps went on after the run had gone back and past their data REWINDS times.
-        SaveFailed: the last state could not be written.
-        PeerLost: another process of the group has ended.
+    Raises ConfigError: the run folder holds a run of another config; the text cannot be used; devices are missing;
+    every checkpoint is damaged.  Diverged: bad steps went on after the run had gone back and past their data REWINDS
+    times.  SaveFailed: the last state could not be written.  PeerLost: another process of the group has ended.
     """
     began = time.perf_counter()
     if not config.model.layers:
@@ -89,8 +86,8 @@ def train(config: Config) -> dict[str, Any]:
 
         # Train
         log = stack.enter_context(MetricsLog(run_dir, position.step, write=processes.first()))
-        progress = stack.enter_context(Progress(config.train.steps, position.step, log_every=config.train.log_every,
-                                                shown=processes.first()))
+        progress = stack.enter_context(
+            Progress(config.train.steps, position.step, config.train.log_every, shown=processes.first()))
         record = (read_metrics(run_dir) or [{}])[-1]
         for note in notes(config, corpus, sharded, position.step):
             progress.say(note)
@@ -104,8 +101,9 @@ def train(config: Config) -> dict[str, Any]:
                 samples.ahead((at + later) * config.data.batch + np.arange(config.data.batch))
             reading = time.perf_counter() - began_reading
             watchdog.at(f"in step {number}")
-            if jax.process_count() > 1 and meter.first:
-                step = together(step, state, batch)
+            if jax.process_count() > 1 and meter.first:  # compile together: who waits too long in a collective gives up
+                step = step.lower(state, batch).compile()
+                processes.barrier("compiled")
             state, figures = advance(step, state, batch)
             position = position._replace(step=number)
             record = meter.record(number, figures, reading)
@@ -118,8 +116,7 @@ def train(config: Config) -> dict[str, Any]:
                 batches = validation_batches(held_out, config.data.batch, config.train.eval_batches)
                 record["validation_loss"] = validation_loss(sharded, evaluation, state.weights, batches)
                 meter.restart()
-            trouble = log.write(record)
-            if trouble:
+            if trouble := log.write(record):
                 tell(f"the record of step {number} could not be written ({trouble}); trying again after the next")
             progress.update(record)
 
@@ -149,18 +146,13 @@ def train(config: Config) -> dict[str, Any]:
                          "set train.steps higher to go on")
         elif sharded.stages:
             progress.say("timing the pipeline with and without its idle ticks")
-            found = bubble(sharded, schedule, state.weights, batch)
-            put(run_dir / "pipeline.json", json.dumps(found))
+            put(run_dir / "pipeline.json", json.dumps(bubble(sharded, schedule, state.weights, batch)))
     processes.barrier("done")  # one that ends long before the others counts as dead
     return record
 
 
 def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.ndarray]]:
-    """The state after one more step, and its figures.
-
-    Raises:
-        PeerLost: another process of the group has ended.
-    """
+    """The state after one more step, and its figures.  Raises PeerLost: another process of the group has ended."""
     try:
         state, figures = step(state, batch)
         return state, jax.device_get(figures)
@@ -169,13 +161,6 @@ def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.
             raise
         raise PeerLost(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
                        f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
-
-
-def together(step: Any, *args: Any) -> Any:
-    """The compiled step, when all processes have it: one that waits too long in a collective gives up."""
-    compiled = step.lower(*args).compile()
-    processes.barrier("compiled")
-    return compiled
 
 
 def shared_corpus(config: Config) -> Corpus:
@@ -193,10 +178,8 @@ def begun(config: Config) -> bool:
 
 def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Position, record: dict[str, Any],
            rewinds: int) -> tuple[State, Position]:
-    """The newest good state from before the bad steps, and its position with the data up to here behind it.
-
-    Raises:
-        Diverged: there is none, or the run has gone back to it too often.
+    """The newest good state from before the bad steps, and its position with the data up to here behind it.  Raises
+    Diverged: there is none, or the run has gone back to it too often.
     """
     found = checkpoints.restore(*layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
     if found is None:
@@ -213,25 +196,21 @@ def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Posi
 
 def bubble(sharded: Sharded, schedule: Schedule, weights: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
     """The idle share of a step's gradients: counted, and measured against the same ops without the idle ticks."""
-    seconds: dict[str, list[float]] = {}
     tables = {"step_s": schedule, "busy_s": schedules.without_idle(schedule)}
     programs = {name: jax.jit(make_gradients(sharded, table)) for name, table in tables.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in tables}
     for _ in range(4):  # the first compiles
         for name, program in programs.items():
             begin = time.perf_counter()
             jax.block_until_ready(program(weights, batch, jax.random.key(0)))
-            seconds.setdefault(name, []).append(time.perf_counter() - begin)
+            seconds[name].append(time.perf_counter() - begin)
     middle = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
     return {"schedule": schedule.name, "bubble": schedule.bubble(),
             "bubble_measured": 1 - middle["busy_s"] / middle["step_s"]} | middle
 
 
 def claim(config: Config) -> Path:
-    """The run folder, made if it is not there.
-
-    Raises:
-        ConfigError: it holds the run of a config that learns something else, or other files, or cannot be made.
-    """
+    """The run folder, made if need be.  Raises ConfigError: it holds another's run or files, or cannot be made."""
     run_dir = Path(config.run_dir)
     path = run_dir / "config.json"
     if run_dir.exists() and not run_dir.is_dir():
@@ -241,8 +220,7 @@ def claim(config: Config) -> Path:
     except OSError as error:
         raise unwritable(run_dir, error) from None
     if path.exists():
-        differ = differences(configs.from_json(path.read_text()), config)
-        if differ:
+        if differ := differences(configs.from_json(path.read_text()), config):
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
     elif any(each.name != TEMPORARY for each in run_dir.iterdir()):
@@ -252,13 +230,10 @@ def claim(config: Config) -> Path:
 
 
 def keep(config: Config, run_dir: Path) -> None:
-    """Write config.json, from when on the folder is this config's, and the files of its tokenizer.
-
-    Raises:
-        ConfigError: they cannot be written, or the run began with another tokenizer.
+    """Write config.json, from when on the folder is this config's, and the files of its tokenizer.  Raises ConfigError:
+    they cannot be written, or the run began with another tokenizer.
     """
-    files = tokenizer_files(config.data.tokenizer)
-    kept = run_dir / TOKENIZER_FILE
+    files, kept = tokenizer_files(config.data.tokenizer), run_dir / TOKENIZER_FILE
     try:
         if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
             raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
@@ -285,23 +260,20 @@ def put(path: Path, text: str) -> None:
 
 def describe(config: Config, sharded: Sharded, run_dir: Path) -> None:
     count, active = sharded.parameters()
-    device = sharded.mesh.devices.flat[0]
-    put(run_dir / "summary.json", json.dumps({
-        "parameters": count, "active_parameters": active, "devices": f"{config.mesh.devices()} × {device.device_kind}",
-        "jax": jax.__version__, "python": platform.python_version()}) + "\n")
+    devices = f"{config.mesh.devices()} × {sharded.mesh.devices.flat[0].device_kind}"
+    put(run_dir / "summary.json", json.dumps({"parameters": count, "active_parameters": active, "devices": devices,
+                                              "jax": jax.__version__, "python": platform.python_version()}) + "\n")
 
 
 def notes(config: Config, corpus: Corpus, sharded: Sharded, start: int) -> Iterator[str]:
     count, active = sharded.parameters()
     lengths = " × ".join(f"{axis} {size}" for axis, size in sharded.mesh.shape.items() if size > 1) or "one device"
     yield f"{config.name}: {count:,} parameters, {active:,} active; {lengths}; run folder {config.run_dir}"
-    frozen = sum(not sharded.trainable[name] for name in filter(sharded.learned.get, sharded.shapes))
-    if frozen:
+    if frozen := sum(not sharded.trainable[name] for name in filter(sharded.learned.get, sharded.shapes)):
         trained = sum(math.prod(sharded.shapes[name]) for name in states.trained(sharded, sharded.shapes))
         yield f"{trained:,} of the parameters are trained; {frozen} weights are frozen"
     yield f"text: {len(corpus.train):,} tokens to train on, {len(corpus.validation):,} for validation"
-    note = document_note(corpus, config.data.sequence)
-    if note and not config.data.images:
+    if not config.data.images and (note := document_note(corpus, config.data.sequence)):
         yield note
     if start:
         yield f"resumed after step {start}"
@@ -315,7 +287,6 @@ class Meter:
     """
 
     def __init__(self, config: Config, sharded: Sharded, before: list[dict[str, Any]], start: int, began: float):
-        self.config = config
         self.tokens = config.data.batch * config.data.sequence
         peak = meshes.peak_flops(sharded.mesh.devices.flat[0]) * config.mesh.devices()
         self.utilisation = 3 * sharded.flops_per_token() / peak  # per token a second; backward is twice forward
@@ -323,8 +294,7 @@ class Meter:
         self.began = began - (timed[-1]["wall_s"] if timed else 0.0)
         self.productive = {record["step"]: record["goodput"] * record["wall_s"] for record in timed
                            if record["step"] <= start}
-        self.first = True
-        self.restart()
+        self.first, self.since = True, time.perf_counter()
 
     def restart(self) -> None:
         self.since = time.perf_counter()
@@ -339,15 +309,13 @@ class Meter:
         seconds, self.since = now - self.since, now
         counts = not self.first and not figures["bad"]
         self.productive[number] = self.productive.get(number - 1, 0.0) + seconds * counts
-        self.first = False
+        self.first, speed = False, self.tokens / seconds
         choices = np.maximum(np.sum(figures["load"], -1, keepdims=True), 1)
-        speed = self.tokens / seconds
         return {
             "step": number, "loss": float(figures["loss"]), "balance_loss": float(figures["balance"]),
             "z_loss": float(figures["z"]), "grad_norm": float(figures["grad_norm"]), "lr": float(figures["lr"]),
-            "bad": int(figures["bad"]), "skipped": int(figures["skipped"]),
-            "tokens": number * self.tokens, "tokens_per_s": speed, "step_s": seconds,
-            "mfu": speed * self.utilisation, "input_share": reading / seconds,
+            "bad": int(figures["bad"]), "skipped": int(figures["skipped"]), "tokens": number * self.tokens,
+            "tokens_per_s": speed, "step_s": seconds, "mfu": speed * self.utilisation, "input_share": reading / seconds,
             "wall_s": now - self.began, "goodput": self.productive[number] / (now - self.began),
             "drop_fraction": (figures["dropped"] / choices[:, 0]).tolist(),
             "expert_load": (figures["load"] / choices).tolist()}

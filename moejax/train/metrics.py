@@ -49,9 +49,8 @@ class MetricsLog(AbstractContextManager):
         self.flushed = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> str | None:
-        """Adds the record of `record["step"]`; it is on disk, for any reader, when this returns.
-
-        Returns: what is wrong where it cannot be written, as on a full disk; it is written with a later record then.
+        """Adds the record of `record["step"]`; it is on disk, for any reader, when this returns.  Returns: what is
+        wrong where it cannot be written, as on a full disk; it is written with a later record then.
         """
         if self.path is None:
             return None
@@ -91,9 +90,8 @@ class MetricsLog(AbstractContextManager):
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run by step, [] where there are none yet; a number that was not finite reads None.
-
-    Of a step that was done again, after the run had gone back to a checkpoint, the last record counts.
+    """The records of a run by step, [] where there are none yet; a number that was not finite reads None.  Of a step
+    that was done again, after the run had gone back to a checkpoint, the last record counts.
     """
     last: dict[int, dict[str, Any]] = {}
     for record in read_lines(Path(run_dir) / FILE):
@@ -117,8 +115,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         records = [parse(line) for line in file]
     if records and records[-1] is None:
         records.pop()
-    bad = [str(number) for number, record in enumerate(records, 1) if record is None]
-    if bad:
+    if bad := [str(number) for number, record in enumerate(records, 1) if record is None]:
         raise ConfigError([f"every line of {path} is one JSON object; line {', '.join(bad)} is not; delete it"])
     return records
 
@@ -157,10 +154,8 @@ def strict(value: Any) -> Any:
 
 
 def tagged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The fields of a record by TensorBoard tag.
-
-    A list per layer gives one tag a layer; shares per expert give each layer's busiest expert, in multiples
-    of an even share (1 is balance).
+    """The fields of a record by TensorBoard tag.  A list per layer gives one tag a layer; shares per expert give each
+    layer's busiest expert, in multiples of an even share (1 is balance).
     """
     for key, value in record.items():
         if not isinstance(value, list):

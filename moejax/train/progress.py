@@ -18,20 +18,15 @@ WINDOW = 100  # steps over which the remaining time is estimated
 
 
 class Progress:
-    """Shows the steps from `start`, that of a resumed run, to the last; use as a context manager.
-
-    Args:
-        plain: lines instead of a bar, `log_every` steps apart; None asks the terminal.
-        console: where to draw; stderr when None.
-        shown: False shows nothing, as in the processes of a group beside the first.
+    """Shows the steps from `start`, that of a resumed run, to the last; use as a context manager.  Plain lines are
+    `log_every` steps apart; not `shown`, as in the processes of a group beside the first, it draws nothing.
     """
 
-    def __init__(self, steps: int, start: int = 0, plain: bool | None = None, log_every: int = 10,
-                 console: Console | None = None, clock: Callable[[], float] = time.monotonic, shown: bool = True):
+    def __init__(self, steps: int, start: int = 0, log_every: int = 10, console: Console | None = None,
+                 clock: Callable[[], float] = time.monotonic, shown: bool = True):
         self.steps, self.start, self.log_every, self.clock = steps, start, log_every, clock
         self.console = console or Console(stderr=True, quiet=not shown)
-        dumb = not self.console.is_terminal or self.console.is_dumb_terminal
-        self.plain = dumb if plain is None else plain
+        self.plain = not self.console.is_terminal or self.console.is_dumb_terminal
         self.validation: float | None = None
         self.seen: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)  # (step, time at its end)
         self.bar = rich.progress.Progress(
@@ -76,9 +71,8 @@ class Progress:
         return "  ".join(parts)
 
     def remaining(self) -> float | None:
-        """Seconds to go, from the wall time of the latest steps; None until two have ended.
-
-        The first step, which compiles, is left out; evaluations and checkpoints between steps are not.
+        """Seconds to go, from the wall time of the latest steps; None until two have ended.  The first step, which
+        compiles, is left out; evaluations and checkpoints between steps are not.
         """
         (first, began), (last, now) = self.seen[0], self.seen[-1]
         return (self.steps - last) * (now - began) / (last - first) if last > first else None

@@ -82,13 +82,11 @@ class Run:
 
 def write_report(run_dir: Path) -> Path:
     """Writes report.html, whose path it returns, and report.png.  Raises ConfigError: no run folder, or not trained."""
-    run_dir = Path(run_dir)
-    run = read_run(run_dir)
-    with matplotlib.rc_context(STYLE):
-        text = page(run, figures(run))
-        poster(run, run_dir / "report.png")
+    run_dir, run = Path(run_dir), read_run(Path(run_dir))
     path = run_dir / "report.html"
-    path.write_bytes(text.encode("utf-8", "replace"))
+    with matplotlib.rc_context(STYLE):
+        path.write_bytes(page(run, figures(run)).encode("utf-8", "replace"))
+        poster(run, run_dir / "report.png")
     return path
 
 
@@ -322,14 +320,6 @@ def large(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
-def shape(config: Config) -> str:
-    """The model in a line."""
-    model, moe = config.model, config.model.moe
-    layers = f"{model.layers} layer{'s'[model.layers == 1:]}"
-    experts = f"{moe.active} of {moe.experts} experts a token" if "M" in model.layer_kinds() else "dense"
-    return f"{layers}, width {model.d_model}, {experts}, {config.data.sequence} tokens a sequence"
-
-
 CSS = """
 :root{color-scheme:light dark;%s}
 @media (prefers-color-scheme:dark){:root{%s}}
@@ -371,13 +361,17 @@ PAGE = """<!doctype html>
 def page(run: Run, figures: str) -> str:
     """The whole document; the policy in its head forbids scripts and anything from outside."""
     light, dark = ("".join(f"--{name}:{pair[scheme]};" for name, pair in PAGE_COLOURS.items()) for scheme in (0, 1))
-    rows = "".join(f"<div><dt>{label}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts(run))
     samples = "".join(sample(each) for each in run.samples if not each.get("images"))
     seen = "".join(with_images(each) for each in run.samples if each.get("images"))
     samples += seen and f'<div class="seen">\n{seen}</div>\n'
-    return PAGE.format(name=html.escape(run.name), css=CSS % (light, dark), shape=html.escape(shape(run.config)),
-                       facts=rows, figures=figures, schedule=gantt(run),
-                       samples=samples and f"<h2>Samples</h2>\n{samples}", config=html.escape(run.config_text))
+    model, moe = run.config.model, run.config.model.moe
+    experts = f"{moe.active} of {moe.experts} experts a token" if "M" in model.layer_kinds() else "dense"
+    shape = (f"{model.layers} layer{'s'[model.layers == 1:]}, width {model.d_model}, {experts}, "
+             f"{run.config.data.sequence} tokens a sequence")
+    rows = "".join(f"<div><dt>{label}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts(run))
+    return PAGE.format(name=html.escape(run.name), css=CSS % (light, dark), shape=shape, facts=rows, figures=figures,
+                       schedule=gantt(run), samples=samples and f"<h2>Samples</h2>\n{samples}",
+                       config=html.escape(run.config_text))
 
 
 def gantt(run: Run) -> str:
@@ -410,12 +404,12 @@ def sample(found: dict[str, Any]) -> str:
 
 def with_images(found: dict[str, Any]) -> str:
     """Pictures beside their true text, what was read and what was guessed where they were black; or with an answer."""
-    truth, text = found.get("truth"), str(found.get("text", ""))
-    if truth is None:
+    text, truth = str(found.get("text", "")), str(found.get("truth"))
+    if found.get("truth") is None:
         texts = {"prompt": shown(str(found.get("prompt", ""))), "answer": shown(text)}
     else:
-        texts = {"truth": shown(str(truth)), "read": marked(text, str(truth))}
-        texts |= {"blind": marked(str(found["blind"]), str(truth))} if "blind" in found else {}
+        texts = {"truth": shown(truth), "read": marked(text, truth)}
+        texts |= {"blind": marked(str(found["blind"]), truth)} if "blind" in found else {}
     rows = "".join(f"<div><dt>{label}</dt><dd>{text}</dd></div>" for label, text in texts.items())
     return f'<figure>{"".join(map(picture, found["images"]))}<dl>{rows}</dl></figure>\n'
 

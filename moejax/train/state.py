@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, P
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from moejax.model.sharded import Sharded
 from moejax.parallel.axes import further
@@ -22,9 +21,7 @@ class State(NamedTuple):
 
 
 def optimizer_specs(sharded: Sharded) -> dict[str, P]:
-    """Placement of optimizer state (and of the gradients that feed it) by weight: with ZeRO-1 (arXiv 1910.02054) it is
-    split over `data` as well.
-    """
+    """Placement of optimizer state and of gradients by weight: with ZeRO-1 (arXiv 1910.02054) over `data` as well."""
     split = sharded.mesh.shape["data"] if sharded.config.mesh.zero1 else 1
     return {name: further(spec, sharded.shapes[name], "data", split) for name, spec in sharded.specs.items()}
 

@@ -75,9 +75,10 @@ def test_remaining_time_after_going_back(pipe):
 
 
 def test_the_other_processes_of_a_group_show_nothing(monkeypatch, capsys):
-    for terminal in ("0", "1"):
+    for terminal in ("", "1"):
         monkeypatch.setenv("FORCE_COLOR", terminal)
-        with Progress(2, 0, plain=terminal == "0", shown=False) as progress:
+        with Progress(2, 0, shown=False) as progress:
+            assert progress.plain == (terminal == "")
             progress.update(record(1))
             progress.say("one line")
             progress.update(record(2))
@@ -123,10 +124,7 @@ def test_say_prints_above_the_bar_and_as_it_is(terminal, pipe):
     assert "step 2/40" in after
 
 
-def test_plain_is_by_choice_too_and_the_default_is_stderr(terminal, capsys):
-    with Progress(1, 0, plain=True, console=terminal) as progress:
-        progress.update(record(1))
-    assert lines(terminal) == ["step 1/1  loss 2.5000  12,346 tokens/s"]
+def test_the_default_is_stderr(capsys):
     with Progress(1, 0) as progress:
         progress.update(record(1))
     assert capsys.readouterr() == ("", "step 1/1  loss 2.5000  12,346 tokens/s\n")
