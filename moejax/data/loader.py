@@ -1,4 +1,4 @@
-"""From the config to tokens: tokenize once into memory-mapped shards, the documents one after another.
+"""From the config to tokens: tokenize once into memory-mapped files, the documents one after another.
 
 Sits between the sources and `samples.py`.  Each document is followed by the tokenizer's end of text.
 """
@@ -22,38 +22,14 @@ from moejax.data.images import Ref
 from moejax.data.sources import Document, File, documents, find_files
 from moejax.data.tokenizer import IMAGE, ByteTokenizer, FileTokenizer, open_tokenizer
 
-FORMAT = 2  # of the cache; raise it when what is written for the same config changes
-SHARD = 2**27  # tokens in one file
-CHUNK = 2**20  # tokens counted at a time
+FORMAT = 3  # of the cache; raise it when what is written for the same config changes
+CHUNK = 2**20  # tokens counted, or written, at a time
 LETTERS = 2**20  # of documents that are tokenized together
 PARTS = ("train", "validation")
 
 
-class Stream:
-    """Shards as one 1-D array of tokens, read only.  A slice or an index may cross the borders of the shards."""
-
-    def __init__(self, shards: Sequence[np.ndarray], dtype: Any):
-        self.shards, self.dtype = list(shards), np.dtype(dtype)
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, key: slice | Integer[np.ndarray, "*shape"]) -> Integer[np.ndarray, "*shape"]:
-        """The tokens at an array of positions, in its shape; IndexError where one is negative or past the end."""
-        if isinstance(key, slice):
-            key = np.arange(*key.indices(len(self)))
-        if key.size and not 0 <= key.min() <= key.max() < len(self):
-            raise IndexError(f"positions lie in 0..{len(self) - 1}; got {key.min()}..{key.max()}")
-        out, home = np.empty(key.shape, self.dtype), np.searchsorted(self.starts, key, "right") - 1
-        for shard in np.unique(home):
-            here = home == shard
-            out[here] = self.shards[shard][key[here] - self.starts[shard]]
-        return out
-
-
 class References:
-    """The images of a part, in the order of their ids in its stream: what a `ShardWriter` left, if there are any.
+    """The images of a part, in the order of their ids in its stream: what a `Writer` left, if there are any.
 
     Each has a row of `table`: where the id stands, and the start and the end of its line of JSON in `lines`.
     """
@@ -73,8 +49,8 @@ class References:
 
 
 class Corpus(NamedTuple):
-    train: Stream
-    validation: Stream
+    train: Integer[np.ndarray, " N"]
+    validation: Integer[np.ndarray, " M"]
     lengths: Int64[np.ndarray, " documents"]  # tokens of every document, its end of text included
     held_out: Int64[np.ndarray, " documents"]  # 1 where it is in validation
     images: dict[str, References]  # of every part
@@ -82,12 +58,12 @@ class Corpus(NamedTuple):
     cached: bool  # the tokens were there from an earlier run
 
 
-def open_corpus(config: Data, vocab: int | None = None, shard: int = SHARD) -> Corpus:
+def open_corpus(config: Data, vocab: int | None = None) -> Corpus:
     """The tokens that `config` names, from its cache if it holds them, else tokenized into it.
 
     A document is in validation if a hash of the seed, its name and its text says so, whatever the other
     documents are.  Where that leaves validation empty, the document with the smallest hash goes there.  `vocab` is
-    model.vocab, which must hold the tokenizer's ids; a file of the cache holds `shard` tokens.
+    model.vocab, which must hold the tokenizer's ids.
 
     Raises:
         ConfigError: all that is wrong with the tokenizer, the sources or the cache folder, or train or validation empty
@@ -98,7 +74,7 @@ def open_corpus(config: Data, vocab: int | None = None, shard: int = SHARD) -> C
     home = Path(os.path.expanduser(config.cache)) / cache_key(config, tokenizer.identity, files)
     corpus = None if problems else read_cache(home)
     if corpus is None:
-        build_cache(config, tokenizer, files, problems, home, shard)
+        build_cache(config, tokenizer, files, problems, home)
         corpus = read_cache(home)._replace(cached=False)
     problems = [problem for part in PARTS if not config.images and (part == "train" or config.validation)
                 for problem in too_short(part, getattr(corpus, part), config.sequence)]
@@ -133,23 +109,18 @@ def read_cache(home: Path) -> Corpus | None:
     """What `build_cache` left in `home`, memory-mapped; None if nothing is there or a file is damaged or cut short."""
     try:
         meta = json.loads((home / "meta.json").read_text())
-        dtype = np.dtype(meta["dtype"])
-        # plain arrays are quicker to index than memory maps
-        streams = [Stream([np.asarray(np.memmap(shard_path(home, part, number), dtype, "r", shape=(tokens,)))
-                           for number, tokens in enumerate(meta[part])], dtype) for part in PARTS]
+        # plain arrays are quicker to index than memory maps, of which none is empty
+        tokens = [np.asarray(np.memmap(home / f"{part}.bin", meta["dtype"], "r", shape=(meta[part],)))
+                  if meta[part] else np.empty(0, meta["dtype"]) for part in PARTS]
         images = {part: References(home / f"{part}-images", size) for part, size in meta["images"].items()}
         lengths, held_out = np.load(home / "documents.npy", mmap_mode="r").T
-        return Corpus(*streams, lengths, held_out, images, meta["image"], cached=True)
+        return Corpus(*tokens, lengths, held_out, images, meta["image"], cached=True)
     except (OSError, EOFError, ValueError, KeyError):
         return None
 
 
-def shard_path(folder: Path, part: str, number: int) -> Path:
-    return folder / f"{part}-{number:05d}.bin"
-
-
 def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: Sequence[File], problems: list[str],
-                home: Path, shard: int) -> None:
+                home: Path) -> None:
     """Tokenizes into a temporary folder beside `home`, then renames it, so that `home` is whole or absent.
 
     A run that is killed leaves at most a folder named .building-… that nobody reads.
@@ -163,16 +134,16 @@ def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: S
     with scratch as name:
         fresh = Path(name, "first")
         share = math.ceil(config.validation * 2**64)
-        meta, lowest, highest = write_tokens(config, tokenizer, documents(files, problems), fresh, share, shard)
+        meta, lowest, highest = write_tokens(config, tokenizer, documents(files, problems), fresh, share)
         if config.validation and not meta["validation"]:
             fresh = Path(name, "second")
-            meta, *_ = write_tokens(config, tokenizer, documents(files), fresh, lowest + 1, shard)
+            meta, *_ = write_tokens(config, tokenizer, documents(files), fresh, lowest + 1)
         check_split(config, meta, lowest == highest)
         publish(fresh, home)
 
 
 def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: Iterator[Document], folder: Path,
-                 threshold: int, shard: int) -> tuple[dict[str, Any], int, int]:
+                 threshold: int) -> tuple[dict[str, Any], int, int]:
     """Fills `folder` and returns its meta.json and the smallest and the largest hash of a document.
 
     A document is in validation if its hash, of 0..2**64-1, is below `threshold`.  Raises ConfigError where there are
@@ -180,22 +151,22 @@ def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: 
     """
     dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
     folder.mkdir()
-    writers = [ShardWriter(folder, part, dtype, shard) for part in PARTS]
+    writers = [Writer(folder, part, dtype) for part in PARTS]
     lowest, highest, lengths = 2**64, -1, array("q")
     for group in together(texts):
         encoded = iter(tokenizer.encode_batch([part for one in group for part in one.parts if isinstance(part, str)]))
         for document in group:
             place = split_hash(config.seed, document.name, document.text)
             lowest, highest, held_out = min(lowest, place), max(highest, place), place < threshold
-            writer, pieces, length = writers[held_out], [], 0
+            writer = writers[held_out]
+            start = writer.tokens
             for part in document.parts:
                 if isinstance(part, Ref):
                     check_image(config, tokenizer, document, part)
-                    writer.refer(length, part)
-                pieces.append(np.full(1, tokenizer.image, dtype) if isinstance(part, Ref) else next(encoded))
-                length += len(pieces[-1])
-            writer.write(np.concatenate([*pieces, np.full(1, tokenizer.eot, dtype)]))
-            lengths.extend((length + 1, held_out))
+                    writer.refer(part)
+                writer.write([tokenizer.image] if isinstance(part, Ref) else next(encoded))
+            writer.write([tokenizer.eot])
+            lengths.extend((writer.tokens - start, held_out))
     for writer in writers:
         writer.flush()
         if writer.table:
@@ -203,7 +174,7 @@ def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: 
     np.save(folder / "documents.npy", np.array(lengths, np.int64).reshape(-1, 2))
     meta = {"format": FORMAT, "tokenizer": config.tokenizer, "dtype": dtype.str, "documents": len(lengths) // 2,
             "image": tokenizer.image, "images": {writer.part: writer.bytes for writer in writers}}
-    meta |= {writer.part: writer.lengths for writer in writers}
+    meta |= {writer.part: writer.tokens for writer in writers}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return meta, lowest, highest
 
@@ -226,47 +197,38 @@ def together(texts: Iterator[Document]) -> Iterator[list[Document]]:
     yield group
 
 
-class ShardWriter:
-    """Appends tokens to `<part>-NNNNN.bin` in a folder; every file but the last holds `shard` tokens.
+class Writer:
+    """Appends tokens to `<part>.bin` in a folder.
 
     Where images are, `<part>-images.jsonl` has a line for each and `table` the rows of `References.table`.
     """
 
-    def __init__(self, folder: Path, part: str, dtype: np.dtype, shard: int):
-        self.folder, self.part, self.dtype, self.shard = folder, part, dtype, shard
-        self.lengths: list[int] = []  # tokens in every file
+    def __init__(self, folder: Path, part: str, dtype: np.dtype):
+        self.folder, self.part, self.dtype = folder, part, dtype
         self.tokens = self.bytes = 0  # of all, and of the lines of images
         self.table = array("q")
         self.waiting, self.lines = bytearray(), bytearray()  # not in the files yet
 
-    def refer(self, ahead: int, ref: Ref) -> None:
-        """An image whose id comes after so many more tokens."""
+    def refer(self, ref: Ref) -> None:
+        """An image whose id comes next."""
         line = json.dumps(ref).encode() + b"\n"
         self.lines += line
-        self.table.extend((self.tokens + ahead, self.bytes, self.bytes + len(line)))
+        self.table.extend((self.tokens, self.bytes, self.bytes + len(line)))
         self.bytes += len(line)
 
-    def write(self, tokens: Integer[np.ndarray, " T"]) -> None:
-        self.waiting += tokens.astype(self.dtype, copy=False).tobytes()
+    def write(self, tokens: Sequence[int] | Integer[np.ndarray, " T"]) -> None:
+        self.waiting += np.asarray(tokens, self.dtype).tobytes()
         self.tokens += len(tokens)
         if len(self.waiting) >= CHUNK * self.dtype.itemsize:
             self.flush()
 
     def flush(self) -> None:
         """Puts what waits into the files; to be called after the last `write`."""
-        if self.lines:
-            with open(self.folder / f"{self.part}-images.jsonl", "ab") as file:
-                file.write(self.lines)
-        tokens = np.frombuffer(self.waiting, self.dtype)
-        self.waiting, self.lines = bytearray(), bytearray()
-        while len(tokens):
-            if not self.lengths or self.lengths[-1] == self.shard:
-                self.lengths.append(0)
-            piece = tokens[: self.shard - self.lengths[-1]]
-            with open(shard_path(self.folder, self.part, len(self.lengths) - 1), "ab") as file:
-                file.write(piece.tobytes())
-            self.lengths[-1] += len(piece)
-            tokens = tokens[len(piece) :]
+        for name, waiting in ((f"{self.part}.bin", self.waiting), (f"{self.part}-images.jsonl", self.lines)):
+            if waiting:
+                with open(self.folder / name, "ab") as file:
+                    file.write(waiting)
+                waiting.clear()
 
 
 def split_hash(seed: int, name: str, text: str) -> int:
@@ -283,10 +245,10 @@ def check_split(config: Data, meta: dict[str, Any], alike: bool) -> None:
         raise ConfigError([f"data.sources must hold text; every document of {', '.join(config.sources)} is empty; "
                            "write text there or name other sources"])
     if config.validation and alike:
-        raise ConfigError([
-            "validation needs two different documents, as one is never split between train and validation; got "
-            f"data.validation={config.validation} and {count} document{'s, all alike' if count > 1 else ''}; split "
-            "the text into several files or .jsonl lines, or set data.validation=0"])
+        raise ConfigError(["validation needs two different documents, as one is never split between train and "
+                           f"validation; got data.validation={config.validation} and {count} document"
+                           f"{'s, all alike' if count > 1 else ''}; split the text into several files or .jsonl lines, "
+                           "or set data.validation=0"])
     if not meta["train"]:
         raise ConfigError([(f"data.validation must leave a document to train on; got {config.validation}, which "
                             f"takes all {count}; set data.validation={config.validation / 2:g} or lower")])
@@ -304,7 +266,7 @@ def publish(fresh: Path, home: Path) -> None:
             raise
 
 
-def too_short(part: str, tokens: Stream | np.ndarray, sequence: int) -> list[str]:
+def too_short(part: str, tokens: np.ndarray, sequence: int) -> list[str]:
     """The problem of a text that does not hold one window of `sequence` tokens and the token after each."""
     if len(tokens) > sequence:
         return []
@@ -322,13 +284,12 @@ def document_note(corpus: Corpus, sequence: int) -> str | None:
             f"(median {int(np.median(corpus.lengths))} tokens); a window holds several, one after another")
 
 
-def unigram_loss(train: Stream | np.ndarray, validation: Stream | np.ndarray, vocab: int) -> float:
+def unigram_loss(train: np.ndarray, validation: np.ndarray, vocab: int) -> float:
     """Nats per validation token of the token frequencies of train (plus one each): what knowing no context costs."""
     seen, met = token_counts(train, vocab), token_counts(validation, vocab)
     return float(-(met @ np.log((seen + 1) / (seen.sum() + vocab))) / met.sum())
 
 
-def token_counts(tokens: Stream | Integer[np.ndarray, " N"], vocab: int) -> Int64[np.ndarray, " vocab"]:
-    shards = tokens.shards if isinstance(tokens, Stream) else [tokens]
-    chunks = (shard[first : first + CHUNK] for shard in shards for first in range(0, len(shard), CHUNK))
+def token_counts(tokens: Integer[np.ndarray, " N"], vocab: int) -> Int64[np.ndarray, " vocab"]:
+    chunks = (tokens[first : first + CHUNK] for first in range(0, len(tokens), CHUNK))
     return sum((np.bincount(chunk, minlength=vocab) for chunk in chunks), np.zeros(vocab, np.int64))

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float32, Int64, Integer, UInt64
 from moejax.config import Config, ConfigError
 from moejax.data.batch import Batch, Images
 from moejax.data.images import Decoders, Pixels, Ref
-from moejax.data.loader import PARTS, Corpus, Stream, too_short
+from moejax.data.loader import PARTS, Corpus, too_short
 
 AHEAD = 3  # batches whose images may be waiting
 Rows = Int64[np.ndarray, " B"]
@@ -30,7 +30,7 @@ class Samples:
 
     missing = 0  # images of the last batch that could not be used
 
-    def __init__(self, tokens: Stream | Integer[np.ndarray, " N"], sequence: int, seed: int):
+    def __init__(self, tokens: Integer[np.ndarray, " N"], sequence: int, seed: int):
         if problems := too_short("the whole text", tokens, sequence):
             raise ConfigError(problems)
         self.tokens, self.sequence, self.seed = tokens, sequence, seed

@@ -16,7 +16,7 @@ import pytest
 
 from moejax.config import ConfigError, Data
 from moejax.data import loader
-from moejax.data.loader import Stream, document_note, open_corpus, unigram_loss
+from moejax.data.loader import document_note, open_corpus, unigram_loss
 from moejax.data.samples import Samples, permute, train_batch, validation_batches
 
 
@@ -45,7 +45,7 @@ def problems_of(config: Data) -> list[str]:
     return error.value.problems
 
 
-def texts_of(stream: Stream) -> list[str]:
+def texts_of(stream: np.ndarray) -> list[str]:
     """The documents of ASCII text in a stream."""
     return "".join("\n" if token == 256 else chr(token) for token in stream[:].tolist()).split("\n")[:-1]
 
@@ -160,20 +160,6 @@ def test_validation_counts_every_window_at_most_once(size, count, batches, count
     assert np.concatenate([batch.rows for batch in given]).tolist() == list(range(size * batches))
 
 
-def test_a_stream_reads_as_the_array_it_is_cut_from():
-    whole = np.random.default_rng(0).integers(0, 257, 50).astype(np.uint16)
-    stream = Stream(np.split(whole, [1, 7, 8, 30]), np.uint16)
-    assert len(stream) == 50 and stream.dtype == whole.dtype
-    for low, high in [(0, 50), (0, 1), (1, 7), (5, 31), (49, 99), (8, 8), (-3, None)]:
-        assert np.array_equal(stream[low:high], whole[low:high]) and stream[low:high].dtype == whole.dtype
-    at = np.random.default_rng(1).integers(0, 50, (6, 5))
-    assert np.array_equal(stream[at], whole[at])
-    assert same(Samples(stream, 4, 0).rows(np.arange(24)), Samples(whole, 4, 0).rows(np.arange(24)))
-    for outside in ([-1], [50]):
-        with pytest.raises(IndexError, match=r"positions lie in 0\.\.49"):
-            stream[np.array(outside)]
-
-
 def test_the_cache_is_memory_mapped_reused_and_byte_equal(config, tmp_path):
     fresh = open_corpus(config)
     (home,) = (tmp_path / "cache").iterdir()
@@ -181,23 +167,13 @@ def test_the_cache_is_memory_mapped_reused_and_byte_equal(config, tmp_path):
     again = open_corpus(config)
     assert (fresh.cached, again.cached) == (False, True)
     assert {path.name: path.read_bytes() for path in home.iterdir()} == files
-    assert sorted(files) == ["documents.npy", "meta.json", "train-00000.bin", "validation-00000.bin"]
+    assert sorted(files) == ["documents.npy", "meta.json", "train.bin", "validation.bin"]
     for one, other in zip(fresh[:3], again[:3], strict=True):
         assert np.array_equal(one[:], other[:])
-    assert all(isinstance(shard.base, np.memmap) and not shard.flags.writeable for shard in again.train.shards)
+    assert all(isinstance(part.base, np.memmap) and not part.flags.writeable for part in again[:2])
     assert fresh.lengths.tolist() == [11 + n for n in range(40)]
     assert sorted(texts_of(fresh.train) + texts_of(fresh.validation)) == sorted(
         chr(97 + n % 26) * (10 + n) for n in range(40))
-
-
-def test_shards_hold_the_same_tokens_as_one_file(config, tmp_path):
-    whole = open_corpus(config)
-    cut = open_corpus(Data(**{**vars(config), "cache": str(tmp_path / "other")}), shard=100)
-    (home,) = (tmp_path / "other").iterdir()
-    sizes = [path.stat().st_size for path in sorted(home.glob("train-*.bin"))]
-    assert len(sizes) > 5 and set(sizes[:-1]) == {200} and 0 < sizes[-1] <= 200  # 2 bytes a token
-    for one, other in zip(whole[:3], cut[:3], strict=True):
-        assert np.array_equal(one[:], other[:])
 
 
 def test_what_decides_the_tokens_decides_the_cache(config, tmp_path):
@@ -297,7 +273,7 @@ def test_bad_sources_and_a_bad_cache_are_told_at_once_and_leave_nothing(tmp_path
     assert cache.endswith("; set data.cache to another")
 
 
-@pytest.mark.parametrize("name", ["meta.json", "documents.npy", "train-00000.bin", "validation-00000.bin"])
+@pytest.mark.parametrize("name", ["meta.json", "documents.npy", "train.bin", "validation.bin"])
 @pytest.mark.parametrize("left", [0, 8, None])
 def test_a_damaged_cache_is_written_again(config, tmp_path, name, left):
     fresh = [part[:].copy() for part in open_corpus(config)[:3]]
@@ -327,7 +303,7 @@ loader.open_corpus({config!r})
 """
     assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -signal.SIGKILL
     (left,) = (tmp_path / "cache").iterdir()
-    assert left.name.startswith(".building-") and (left / "first" / "train-00000.bin").stat().st_size > 0
+    assert left.name.startswith(".building-") and (left / "first" / "train.bin").stat().st_size > 0
     corpus = open_corpus(config)
     assert not corpus.cached and corpus.lengths.tolist() == [11 + n for n in range(40)]
     shutil.rmtree(left)
@@ -363,5 +339,5 @@ def test_unigram_loss(monkeypatch):
     expected = -(math.log(3 / 6) + math.log(2 / 6)) / 2
     assert unigram_loss(train, validation, 3) == pytest.approx(expected, rel=1e-12)
     monkeypatch.setattr(loader, "CHUNK", 2)
-    assert unigram_loss(Stream([train[:1], train[1:]], np.uint16), validation, 3) == pytest.approx(expected, rel=1e-12)
+    assert unigram_loss(train, validation, 3) == pytest.approx(expected, rel=1e-12)
     assert unigram_loss(train[:0], np.array([2]), 5) == pytest.approx(math.log(5), rel=1e-12)
