@@ -15,12 +15,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moejax.config import ConfigError
 
@@ -33,9 +32,6 @@ BYTES = 2**30  # of one file that is read as a whole
 SKIP = 10.0  # seconds of a video from which on to jump is quicker than to decode
 WORKERS = 4  # processes at most
 DIED = (OSError, EOFError, pickle.UnpicklingError)  # what one that has died makes of an exchange
-ORIENTATION = 0x0112  # of EXIF, and what undoes each
-TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
-ROTATIONS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 Pixels = UInt8[np.ndarray, "frames S S 3"]
 
 
@@ -80,11 +76,9 @@ def picture(source: io.BufferedIOBase, size: int, fit: str) -> UInt8[np.ndarray,
         width, height = scaled(*image.size, size, fit)
         image.draft(None, (2 * width, 2 * height))
     image.load()
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # damage there is none of the picture
-        turn = None
-    return square(image, turn, size, fit)
+    with contextlib.suppress(Exception):  # damage of the EXIF is none of the picture
+        ImageOps.exif_transpose(image, in_place=True)
+    return square(image, size, fit)
 
 
 def check_size(width: int, height: int) -> None:
@@ -100,10 +94,8 @@ def scaled(width: int, height: int, size: int, fit: str) -> tuple[int, int]:
     return size * width // shorter, size * height // shorter
 
 
-def square(image: Image.Image, turn: Image.Transpose | None, size: int, fit: str) -> UInt8[np.ndarray, "S S 3"]:
+def square(image: Image.Image, size: int, fit: str) -> UInt8[np.ndarray, "S S 3"]:
     """The centre is cut out in the same step as it is resized: a line of 1 x 100000 pixels must not become large."""
-    if turn is not None:
-        image = image.transpose(turn)
     if image.mode.startswith("I"):  # 16 bits of grey
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     clear = image.has_transparency_data
@@ -140,7 +132,7 @@ def film(source: io.BufferedIOBase, size: int, fit: str, frames: int, rate: floa
         start, length = span(container, stream)
         count = max(1, min(frames, round(length * rate)))
         times = [start + (part + 0.5) * length / count for part in range(count)]
-        return np.stack([square(frame.to_image(), ROTATIONS.get(frame.rotation % 360), size, fit)
+        return np.stack([square(frame.to_image().rotate(frame.rotation, expand=True), size, fit)
                          for frame in shown(container, stream, times)])
 
 
@@ -194,30 +186,26 @@ class Decoders:
     def __init__(self):
         count = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.threads = ThreadPoolExecutor(count, "decode")
-        self.idle: SimpleQueue[subprocess.Popen | None] = SimpleQueue()
+        self.own = threading.local()  # the process of each thread
         self.running: set[subprocess.Popen] = set()
         self.lock = threading.Lock()  # of what is decoded here
-        for _ in range(count):
-            self.idle.put(None)  # not started
 
     def submit(self, *job: Any) -> Future:
         """Of what `decode` returns."""
         return self.threads.submit(self.run, job)
 
     def run(self, job: tuple) -> Pixels | str:
-        worker = self.idle.get()
-        try:
-            for _ in range(2):
-                if worker is None and (worker := self.start()) is None:
-                    with self.lock:
-                        return decode(*job)
-                try:
-                    return exchange(worker, job)
-                except DIED:
-                    worker = self.end(worker)
-            return "the process that decodes it has died of it twice"
-        finally:
-            self.idle.put(worker)
+        for _ in range(2):
+            worker = getattr(self.own, "worker", None) or self.start()
+            if worker is None:
+                with self.lock:
+                    return decode(*job)
+            self.own.worker = worker
+            try:
+                return exchange(worker, job)
+            except DIED:
+                self.own.worker = self.end(worker)
+        return "the process that decodes it has died of it twice"
 
     def start(self) -> subprocess.Popen | None:
         """A process that is ready; None if there can be none."""
