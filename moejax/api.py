@@ -1,11 +1,11 @@
 """What `import moejax` offers: load a run and use it."""
 
-import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from jax import Array
 from jaxtyping import Integer, Num
 
 from moejax import config as configs
+from moejax.config import Config, ConfigError, Data
 from moejax.data.batch import Images
 from moejax.data.images import read_images
-from moejax.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer, open_tokenizer
+from moejax.data.tokenizer import IMAGE, TOKENIZER_FILE, ByteTokenizer, FileTokenizer, open_tokenizer
 from moejax.hf import convert, safetensors
 from moejax.hf.names import FAMILIES
 from moejax.model.sharded import Sharded, on_mesh
@@ -31,7 +32,6 @@ from moejax.train.begin import adopt
 from moejax.train.checkpoint import folder_of, restore_weights, write_weights
 from moejax.train.fault import tell
 
-IMAGE = "<image>"  # in a prompt
 IMPORT, EXPORT = "a checkpoint is imported into a new run folder", "an export is a new folder"
 
 
@@ -45,17 +45,14 @@ class Model:
     def tokenizer(self) -> ByteTokenizer | FileTokenizer:
         """That of the folder that the model was loaded from, if it holds one, else that of data.tokenizer.
 
-        Raises:
-            ConfigError: there is none, or it cannot be used.  A model without one still takes tokens.
+        Raises ConfigError: there is none, or it cannot be used.  A model without one still takes tokens.
         """
         own = self.folder / TOKENIZER_FILE if self.folder else None
         name = str(own) if own and own.is_file() else self.config.data.tokenizer
         return open_tokenizer(name, self.config.model.vocab)
 
     def prompt(self, text: str, chat: bool = False) -> list[int]:
-        """The ids that stand before an answer: of a text to go on with, in which <image> is where a model that sees has
-        an image, or of a user's message in a chat.
-        """
+        """The ids before an answer: of a text, with <image> where a model that sees has one, or of a chat's message."""
         if chat:
             return self.tokenizer.chat([{"role": "user", "content": text}]).tolist()
         first, *rest = text.split(IMAGE) if self.config.model.cross and self.tokenizer.image is not None else [text]
@@ -65,13 +62,12 @@ class Model:
     def pictures(self, prompts: Sequence[list[int]], images: Sequence[Sequence[Any]]) -> Images | None:
         """The images of prompts (files, or uint8 "S S 3" or "frames S S 3") as a batch has them; None without any.
 
-        Raises:
-            ConfigError: a prompt has not one <image> for every image; a file cannot be read; or the model sees nothing.
+        Raises ConfigError: a prompt has not one <image> for every image, or a file cannot be read, or the model see.
         """
         model, images = self.config.model, [*images, *[()] * (len(prompts) - len(images))]
         if any(images) and not model.cross:
-            raise configs.ConfigError([f"images are for a model that sees; model.vision is {model.vision!r} and "
-                                       f"model.cross {model.cross!r}; leave the images out"])
+            raise ConfigError([f"images are for a model that sees; model.vision is {model.vision!r} and "
+                               f"model.cross {model.cross!r}; leave the images out"])
         if not model.cross:
             return None
         places = [[at for at, each in enumerate(ids) if each == self.tokenizer.image] for ids in prompts]
@@ -79,7 +75,7 @@ class Model:
                     f"{'s were' if len(given) != 1 else ' was'} given; write {IMAGE} where an image belongs, or give "
                     "more" for i, (at, given) in enumerate(zip(places, images, strict=True)) if len(at) != len(given)]
         if problems:
-            raise configs.ConfigError(problems)
+            raise ConfigError(problems)
         most = max(map(len, images))
         if not most:
             return None
@@ -100,12 +96,11 @@ class Model:
     def __call__(self, tokens: Integer[np.ndarray | Array, "B T"], images: Images | None = None) -> Output:
         """Output(logits "B T V", hidden "B T D", routing "L B T A", losses) as in evaluation.
 
-        Raises:
-            ConfigError: B is not a multiple of the mesh's batch shards, or T none of the routing group.
+        Raises ConfigError: B is not a multiple of the mesh's batch shards, or T none of the routing group.
         """
         shards, group, problems = self.config.mesh.batch_shards(), self.config.model.moe.group, []
         if not self.config.model.layers:
-            raise configs.ConfigError(["tokens are for a model with layers; this is an image encoder alone; use see"])
+            raise ConfigError(["tokens are for a model with layers; this is an image encoder alone; use see"])
         if images is not None and not self.config.model.cross:
             problems.append("images are for a model that sees; model.cross is empty; leave them out")
         if len(tokens) % shards:
@@ -115,20 +110,18 @@ class Model:
             problems.append(f"the number of tokens must be a multiple of model.moe.group, or below it; got "
                             f"{tokens.shape[1]} and {group}; pad the sequences")
         if problems:
-            raise configs.ConfigError(problems)
+            raise ConfigError(problems)
         return self.sharded.forward(self.weights, *on_mesh(self.sharded.mesh, (np.asarray(tokens, np.int32), images)))
 
     def see(self, pixels: Num[np.ndarray | Array, "N S S 3"]) -> Features:
         """Features(hidden "N P W", pooled "N W" or None) of images by themselves, as their encoder has them.
 
-        Args:
-            pixels: uint8, or floats that are normalised already, of the size that model.vision says.
-        Raises:
-            ConfigError: there is no encoder, the images have another size, or N is not a multiple of the batch shards.
+        `pixels` are uint8, or floats that are normalised already, of the size that model.vision says.  Raises
+        ConfigError: there is no encoder, the images have another size, or N is not a multiple of the batch shards.
         """
         told, shards, problems = self.config.model.encoder(), self.config.mesh.batch_shards(), []
         if told is None:
-            raise configs.ConfigError(["images are for a model that sees; model.vision is empty"])
+            raise ConfigError(["images are for a model that sees; model.vision is empty"])
         if tuple(pixels.shape[1:]) != (told.size, told.size, 3):
             problems.append(f"images have shape {(told.size, told.size, 3)} as model.vision says; got "
                             f"{tuple(pixels.shape[1:])}; resize them")
@@ -136,7 +129,7 @@ class Model:
             problems.append(f"the number of images must be a multiple of the mesh's batch shards; got {len(pixels)} "
                             f"and {shards}; pad them, or load with mesh.data=1")
         if problems:
-            raise configs.ConfigError(problems)
+            raise ConfigError(problems)
         return self.features(self.weights, on_mesh(self.sharded.mesh, np.asarray(pixels)))
 
     @cached_property
@@ -158,58 +151,52 @@ def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     pipeline is for training: here all layers come onto the devices of one stage.  Of more devices than the mesh has,
     the first are used.
 
-    Raises:
-        ConfigError: no run folder, no checkpoint, or overrides that do not fit.
+    Raises ConfigError: no run folder, no checkpoint, or overrides that do not fit.
     """
-    path = Path(folder) / "config.json"
+    folder = Path(folder)
+    path = folder / "config.json"
     if not path.is_file():
-        raise configs.ConfigError([f"a run folder holds a config.json; {folder} has none; train it first"])
-    if is_published(path):
-        _, sharded, weights, _ = read_published(Path(folder), Path(folder), overrides)
-        return Model(sharded, weights, Path(folder))
+        raise ConfigError([f"a run folder holds a config.json; {folder} has none; train it first"])
+    if "model_type" in convert.read_json(path):
+        _, sharded, weights, _ = read_published(folder, folder, overrides)
+        return Model(sharded, weights, folder)
     there = configs.from_json(path.read_text())
-    there = dataclasses.replace(there, train=dataclasses.replace(there.train, freeze=()))  # nothing is trained here
+    there = replace(there, train=replace(there.train, freeze=()))  # nothing is trained here
     config, problems = configs.override(there, overrides)
     problems += configs.check(config)
     if problems:
-        raise configs.ConfigError(problems)
+        raise ConfigError(problems)
     sharded = unstaged(config)
-    if config.model == there.model:
-        return Model(sharded, restore_weights(Path(folder), sharded), Path(folder))
-    weights = adopt(Path(folder), there, sharded)
+    weights = restore_weights(folder, sharded) if config.model == there.model else adopt(folder, there, sharded)
     if missing := [name for name in sharded.shapes if name not in weights]:
-        raise configs.ConfigError([f"a run is loaded as a model whose weights it has; {folder} lacks {len(missing)}, "
-                                   f"first {missing[0]}; undo an override, or train with train.init={folder}"])
-    return Model(sharded, weights, Path(folder))
+        raise ConfigError([f"a run is loaded as a model whose weights it has; {folder} lacks {len(missing)}, "
+                           f"first {missing[0]}; undo an override, or train with train.init={folder}"])
+    return Model(sharded, weights, folder)
 
 
-def unstaged(config: configs.Config) -> Sharded:
+def unstaged(config: Config) -> Sharded:
     """The model on the first devices there are, all layers on those of one stage."""
     mesh = config.mesh
     if mesh.pipeline > 1:
-        mesh = dataclasses.replace(mesh, pipeline=1, chunks=1, stage_layers=())
-        mesh = dataclasses.replace(mesh, fake_devices=mesh.devices() if mesh.fake_devices else 0)
+        mesh = replace(mesh, pipeline=1, chunks=1, stage_layers=())
+        mesh = replace(mesh, fake_devices=mesh.devices() if mesh.fake_devices else 0)
     meshes.start(mesh)
-    return Sharded(dataclasses.replace(config, mesh=mesh), meshes.make_mesh(mesh, jax.devices()[: mesh.devices()]))
+    return Sharded(replace(config, mesh=mesh), meshes.make_mesh(mesh, jax.devices()[: mesh.devices()]))
 
 
-def is_published(path: Path) -> bool:
-    """Whether a config.json is of a Hugging Face checkpoint."""
-    return "model_type" in convert.read_json(path)
-
-
-def read_published(
-    folder: Path, run_dir: Path, overrides: Sequence[str]
-) -> tuple[configs.Config, Sharded, dict[str, Array], convert.Checkpoint]:
+def read_published(folder: Path, run_dir: Path, overrides: Sequence[str]
+                   ) -> tuple[Config, Sharded, dict[str, Array], convert.Checkpoint]:
     checkpoint = convert.Checkpoint(folder)
     own = folder / TOKENIZER_FILE
-    config = convert.config_of(checkpoint, run_dir, str(own) if own.is_file() else "")
+    data = Data(sequence=min(checkpoint.config.get("max_position_embeddings") or 2048, 2048), batch=1,
+                tokenizer=str(own) if own.is_file() else "")
+    config = Config(name=run_dir.name, run_dir=str(run_dir), model=checkpoint.model, data=data)
     config, problems = configs.override(config, overrides)
     if "data.batch" not in (text.partition("=")[0] for text in overrides):
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch=config.mesh.batch_shards()))
+        config = replace(config, data=replace(config.data, batch=config.mesh.batch_shards()))
     problems += configs.check(config)
     if problems:
-        raise configs.ConfigError(problems)
+        raise ConfigError(problems)
     sharded = unstaged(config)
     weights, left = checkpoint.weights(sharded)
     if left:
@@ -221,49 +208,42 @@ def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[s
     """Make a run folder of a Hugging Face checkpoint, with its tokenizer: to generate, to go on training, to export.
 
     Returns: {"run_dir", "family", "parameters": those that are trained}.
-    Raises:
-        ConfigError: all that is wrong with the checkpoint, or a run folder that is not empty.
+    Raises ConfigError: all that is wrong with the checkpoint, or a run folder that is not empty.
     """
     folder, run_dir = Path(folder), Path(run_dir)
     must_be_empty(run_dir, IMPORT)
     if not folder.is_dir():
-        raise configs.ConfigError([f"a Hugging Face checkpoint is a folder; {folder} is none"])
+        raise ConfigError([f"a Hugging Face checkpoint is a folder; {folder} is none"])
     config, sharded, weights, checkpoint = read_published(folder, run_dir, overrides)
     if config.run_dir != str(run_dir):
-        raise configs.ConfigError([f"the run folder of an import is named once; got {run_dir} and run_dir="
-                                   f"{config.run_dir}; leave run_dir out"])
+        raise ConfigError([f"the run folder of an import is named once; got {run_dir} and run_dir="
+                           f"{config.run_dir}; leave run_dir out"])
     kept = folder_of(config.checkpoint, run_dir)
     if kept.exists() and any(kept.iterdir()):
-        raise configs.ConfigError([f"an import writes the first checkpoint of a run; {kept} holds some already; set "
-                                   "checkpoint.folder to another"])
-    with written(run_dir, IMPORT):
+        raise ConfigError([f"an import writes the first checkpoint of a run; {kept} holds some already; set "
+                           "checkpoint.folder to another"])
+    with written(run_dir, IMPORT, folder):
         write_weights(config, weights)
-        for name in convert.BESIDE:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, run_dir / name)
         if config.data.tokenizer == str(folder / TOKENIZER_FILE):
-            tokenizer = str(run_dir / TOKENIZER_FILE)
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
-        (run_dir / convert.ORIGIN).write_text(json.dumps({"config": checkpoint.config, "dtypes": checkpoint.dtypes()}))
+            config = replace(config, data=replace(config.data, tokenizer=str(run_dir / TOKENIZER_FILE)))
+        (run_dir / convert.ORIGIN).write_text(json.dumps(checkpoint.origin()))
         (run_dir / "config.json").write_text(configs.to_json(config))  # last: it makes a run of the folder
     return {"run_dir": str(run_dir), "family": checkpoint.config["model_type"], "parameters": sharded.parameters()[0]}
 
 
-def export_run(
-    run_dir: str | Path, folder: str | Path, dtype: str | None = None, overrides: Sequence[str] = ()
-) -> dict[str, Any]:
+def export_run(run_dir: str | Path, folder: str | Path, dtype: str | None = None, overrides: Sequence[str] = ()
+               ) -> dict[str, Any]:
     """Write the newest weights of a run as a Hugging Face checkpoint.
 
     Args:
         dtype: of all tensors, float32, bfloat16 or float16; by default as they were imported, else float32.
     Returns: {"folder", "family", "tensors": number, "bytes"}.
-    Raises:
-        ConfigError: no family can express the model, a folder that is not empty, or as `load`.
+    Raises ConfigError: no family can express the model, a folder that is not empty, or as `load`.
     """
     run_dir, folder = Path(run_dir), Path(folder)
     kinds = {str(kind): name for name, kind in safetensors.DTYPES.items()}
     if dtype is not None and dtype not in kinds:
-        raise configs.ConfigError([f"an export is {', '.join(kinds)}; got dtype {dtype!r}"])
+        raise ConfigError([f"an export is {', '.join(kinds)}; got dtype {dtype!r}"])
     must_be_empty(folder, EXPORT)
     model = load(run_dir, overrides)
     published, dtypes = origin(run_dir, model.config.model)
@@ -272,70 +252,63 @@ def export_run(
     if dtype is not None:
         published = {key: value for key, value in published.items() if key != "torch_dtype"} | {"dtype": dtype}
         dtypes = dict.fromkeys(dtypes, kinds[dtype])
-    with written(folder, EXPORT):
-        for name in convert.BESIDE:
-            if (run_dir / name).is_file():
-                shutil.copyfile(run_dir / name, folder / name)
+    with written(folder, EXPORT, run_dir):
         result = convert.export(model.sharded, model.weights, folder, published, dtypes, kinds[dtype or "float32"])
     return {"folder": str(folder), "family": published["model_type"]} | result
 
 
 def origin(run_dir: Path, model: configs.Model) -> tuple[dict[str, Any], dict[str, str]]:
-    """The config.json that a run came with and the types of its tensors; none where it has none, or is another model
-    by now.
-    """
-    if is_published(run_dir / "config.json"):
-        checkpoint = convert.Checkpoint(run_dir)
-        found = {"config": checkpoint.config, "dtypes": checkpoint.dtypes()}
+    """The config.json that a run came with and its tensors' types; none without one, or for another model."""
+    if "model_type" in convert.read_json(run_dir / "config.json"):
+        found = convert.Checkpoint(run_dir).origin()
     elif (run_dir / convert.ORIGIN).is_file():
         found = convert.read_json(run_dir / convert.ORIGIN)
     else:
         return {}, {}
     published, dtypes = found.get("config"), found.get("dtypes")
     if not (isinstance(published, dict) and isinstance(dtypes, dict) and str(published.get("model_type")) in FAMILIES):
-        raise configs.ConfigError([f"{run_dir / convert.ORIGIN} holds the config and dtypes of a checkpoint, as an "
-                                   "import wrote them; it does not; import the checkpoint again"])
+        raise ConfigError([f"{run_dir / convert.ORIGIN} holds the config and dtypes of a checkpoint, as an "
+                           "import wrote them; it does not; import the checkpoint again"])
     return (published, dtypes) if convert.expresses(published, model) else ({}, {})
 
 
 @contextmanager
-def written(folder: Path, rule: str) -> Iterator[None]:
-    """While a new folder is being written; where that fails it is gone again.
+def written(folder: Path, rule: str, source: Path) -> Iterator[None]:
+    """A new folder while it is written, with what stands beside the weights in `source`; where that fails it is gone.
 
-    Raises:
-        ConfigError: it is not empty, or cannot be written.
+    Raises ConfigError: it is not empty, or cannot be written.
     """
     problem = f"{rule}; {folder} cannot be written"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise configs.ConfigError([f"{problem} ({error}); name another"]) from None
+        raise ConfigError([f"{problem} ({error}); name another"]) from None
     must_be_empty(folder, rule)
     try:
+        for name in convert.BESIDE:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         yield
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise configs.ConfigError([f"{problem} ({error}); make room, or name another"]) from None
+        raise ConfigError([f"{problem} ({error}); make room, or name another"]) from None
 
 
 def must_be_empty(folder: Path, rule: str) -> None:
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise configs.ConfigError([f"{rule}; {folder} is there already; name another, or remove it"])
+        raise ConfigError([f"{rule}; {folder} is there already; name another, or remove it"])
 
 
-def generate(
-    model: Model, prompts: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int = 0, chat: bool = False, images: Sequence[Sequence[Any]] = (),
-) -> list[str]:
+def generate(model: Model, prompts: Sequence[str], max_new_tokens: int = 64, temperature: float = 0.0,
+             top_p: float = 1.0, seed: int = 0, chat: bool = False, images: Sequence[Sequence[Any]] = ()) -> list[str]:
     """The continuation of every prompt, without the prompt; greedy at temperature 0.
 
     Args:
         chat: prompts are what a user says, answered in the form of the tokenizer's chat template.
         images: of every prompt, in the order of its <image>s: files of pictures or videos, or uint8 "S S 3".
-    Raises:
-        ConfigError: no tokenizer or chat template, an empty prompt, wrong sampling values, or as `Model.pictures`.
+    Raises ConfigError: no tokenizer or chat template, an empty prompt, wrong sampling values, or as `Model.pictures`.
     """
     tokens = [model.prompt(prompt, chat) for prompt in prompts]
     new = generate_tokens(model.sharded, model.weights, tokens, max_new_tokens, model.tokenizer.ends, temperature,

@@ -62,9 +62,8 @@ def render(where: str, template: str, messages: Sequence[dict[str, Any]], add_ge
         raise ConfigError([f"a chat template must be one of Jinja; that of {where} is not ({error}); "
                            "repair it, or prompt without a chat"]) from None
     try:
-        plain = json.loads(json.dumps(messages))  # nothing with methods of its own
-        return compiled.render(messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-                               **special)
+        return compiled.render(messages=json.loads(json.dumps(messages)),  # nothing with methods of its own
+                               tools=None, documents=None, add_generation_prompt=add_generation_prompt, **special)
     except Exception as error:  # whatever a stranger's program may raise
         raise ConfigError([f"a chat template must take the messages; that of {where} does not "
                            f"({type(error).__name__}: {error}); change the messages or the template"]) from None

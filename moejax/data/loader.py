@@ -113,8 +113,7 @@ def read_cache(home: Path) -> Corpus | None:
         tokens = [np.asarray(np.memmap(home / f"{part}.bin", meta["dtype"], "r", shape=(meta[part],)))
                   if meta[part] else np.empty(0, meta["dtype"]) for part in PARTS]
         images = {part: References(home / f"{part}-images", size) for part, size in meta["images"].items()}
-        lengths, held_out = np.load(home / "documents.npy", mmap_mode="r").T
-        return Corpus(*tokens, lengths, held_out, images, meta["image"], cached=True)
+        return Corpus(*tokens, *np.load(home / "documents.npy", mmap_mode="r").T, images, meta["image"], cached=True)
     except (OSError, EOFError, ValueError, KeyError):
         return None
 

@@ -170,8 +170,7 @@ def tokenizer_files(name: str) -> dict[str, str]:
     if name in ("", "bytes"):
         return {}
     path = tokenizer_path(name)
-    others = SETTINGS, SPECIAL, GENERATION, chat.FILE
-    files = {TOKENIZER_FILE: path} | {other: path.parent / other for other in others}
+    files = {TOKENIZER_FILE: path} | {file: path.parent / file for file in (SETTINGS, SPECIAL, GENERATION, chat.FILE)}
     return {file: found.read_text("utf-8") for file, found in files.items() if found.is_file()}
 
 

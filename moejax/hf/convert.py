@@ -22,12 +22,11 @@ import numpy as np
 from jax import Array
 
 from moejax import config as configs
-from moejax.config import Config, ConfigError, Data
+from moejax.config import ConfigError
 from moejax.hf.names import FAMILIES, WHOLE, Entry, describe, model_of, unlike
 from moejax.hf.safetensors import DTYPES, File, shards, write
 from moejax.model import transformer
 from moejax.model.sharded import Sharded
-from moejax.model.transformer import Output
 from moejax.parallel import axes as rules
 from moejax.parallel.memory import host_array
 
@@ -131,8 +130,9 @@ class Checkpoint:
                                "trust it"])
         raise ConfigError([f"a checkpoint has model.safetensors or {INDEX}; {self.folder} has neither"])
 
-    def dtypes(self) -> dict[str, str]:
-        return {name: file.tensors[name].dtype for name, file in self.files.items()}
+    def origin(self) -> dict[str, Any]:
+        """What ORIGIN keeps of it."""
+        return {"config": self.config, "dtypes": {name: file.tensors[name].dtype for name, file in self.files.items()}}
 
     def check(self, wanted: Mapping[str, Tensor]) -> list[str]:
         """Raises ConfigError on tensors that are missing, too many or of another shape; returns those left out."""
@@ -236,9 +236,7 @@ def entries_of(published: Mapping[str, Any], names: Iterable[str] = ()) -> tuple
 
 
 def alone(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The config.json of an image encoder by itself: of CLIP and SigLIP only the half that sees is taken.  Raises
-    ConfigError where that is no JSON object.
-    """
+    """The config.json of an image encoder by itself, or the half of CLIP or SigLIP that sees.  Raises ConfigError."""
     known = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
     if config["model_type"] == kind:
         return config | known
@@ -358,13 +356,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def config_of(checkpoint: Checkpoint, run_dir: Path, tokenizer: str) -> Config:
-    """A config for an imported model: whole on one device until a mesh is set."""
-    sequence = min(checkpoint.config.get("max_position_embeddings") or 2048, 2048)
-    return Config(name=run_dir.name, run_dir=str(run_dir), model=checkpoint.model,
-                  data=Data(sequence=sequence, batch=1, tokenizer=tokenizer))
-
-
 def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
     """The family that can express a model, and its config.json.  Raises ConfigError: what the nearest one lacks."""
     lacks = {}
@@ -423,14 +414,3 @@ def fetch(weights: Mapping[str, Array], tensor: Tensor, sharded: Sharded) -> np.
     out = np.zeros(value.shape, np.float32)
     copy(out, value)
     return out.reshape(tensor.shape)
-
-
-def balance_loss(output: Output) -> Array:
-    """The balance loss as transformers counts it: over all layers' tokens at once, and k where it is balanced.  Raises
-    ValueError where the model has no experts.
-    """
-    if output.losses is None:
-        raise ValueError("a balance loss is of experts; this model has none")
-    load, share = output.losses.load, output.losses.share
-    chosen = jnp.sum(load, 0) / (jnp.sum(load) / output.routing.expert.shape[-1])
-    return load.shape[1] * jnp.sum(chosen * jnp.mean(share, 0))

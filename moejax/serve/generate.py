@@ -25,17 +25,13 @@ from moejax.serve.sampling import sample
 BUCKET = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
 
 
-def generate_tokens(
-    sharded: Sharded, weights: dict[str, Array], prompts: Sequence[Sequence[int]], new: int, ends: Sequence[int] = (),
-    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, images: Images | None = None,
-) -> list[list[int]]:
+def generate_tokens(sharded: Sharded, weights: dict[str, Array], prompts: Sequence[Sequence[int]], new: int,
+                    ends: Sequence[int] = (), temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+                    images: Images | None = None) -> list[list[int]]:
     """Up to `new` tokens after each prompt, without the prompt; a sequence stops after any of `ends`.
 
-    Args:
-        images: of the prompts, whose `looks` are those of their tokens; what is new looks at what the last one did.
-
-    Raises:
-        ConfigError: an empty prompt, wrong sampling values, or a router that looks ahead.
+    The `looks` of the images are those of the prompts' tokens; what is new looks at what the last one did.  Raises
+    ConfigError: an empty prompt, wrong sampling values, or a router that looks ahead.
     """
     check(sharded, prompts, new, temperature, top_p)
     length = -(-max(map(len, prompts)) // BUCKET) * BUCKET
@@ -46,12 +42,11 @@ def generate_tokens(
     for i, prompt in enumerate(prompts):
         tokens[i, :len(prompt)] = prompt
         lengths[i] = len(prompt)
-    index = np.arange(count, dtype=np.int32)
     if images is not None:
         looks = np.pad(images.looks, [(0, 0), (0, length - images.looks.shape[1]), (0, 0)])
         images = Images(*(np.pad(each, [(0, count - len(each)), *[(0, 0)] * (each.ndim - 1)])
                           for each in (images.pixels, images.frames, looks)))
-    inputs = on_mesh(sharded.mesh, (tokens, lengths, index, images))
+    inputs = on_mesh(sharded.mesh, (tokens, lengths, np.arange(count, dtype=np.int32), images))
     stop = jnp.array(tuple(ends) or (-1,), jnp.int32)  # no token is -1
     options = (jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), stop)
     out = np.asarray(program(sharded, new)(weights, *inputs, *options))[: len(prompts)].tolist()
@@ -78,9 +73,7 @@ def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperat
 
 @lru_cache(maxsize=8)
 def program(sharded: Sharded, new: int) -> Any:
-    """jitted (weights, tokens "B T", lengths " B", index " B", images, options) -> tokens "B new"; after an end,
-    ends[0].
-    """
+    """jitted (weights, tokens "B T", lengths, index " B", images, options) -> tokens "B new"; after an end, ends[0]."""
     row = rows(sharded.mesh.shape)
 
     def device(values: dict[str, Array], tokens: Int[Array, "B T"], lengths: Int[Array, " B"], index: Int[Array, " B"],
@@ -115,8 +108,7 @@ def program(sharded: Sharded, new: int) -> Any:
         # What pads a prompt has the place of its last token: scalings of positions look at how far a sequence goes.
         starts = jnp.minimum(jnp.arange(length, dtype=jnp.int32)[None], lengths[:, None] - 1)
         output, cache = model(tokens, run, starts, empty, sight)
-        final = jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], 1)[:, 0]
-        first = choose(final, lengths)
+        first = choose(jnp.take_along_axis(output.hidden, (lengths - 1)[:, None, None], 1)[:, 0], lengths)
         out = collectives.match(jnp.full((batch, new), ends[0], jnp.int32), tokens).at[:, 0].set(first)
         return lax.while_loop(more, decode, (1, first, over(first), out, cache))[3]
 
