@@ -23,8 +23,8 @@ from moejax.data.sources import Document, File, documents, find_files
 from moejax.data.tokenizer import IMAGE, ByteTokenizer, FileTokenizer, open_tokenizer
 
 FORMAT = 3  # of the cache; raise it when what is written for the same config changes
-CHUNK = 2**20  # tokens counted, or written, at a time
-LETTERS = 2**20  # of documents that are tokenized together
+CHUNK = 2**20  # tokens counted at a time
+LETTERS = 2**20  # of documents that are tokenized and written together
 PARTS = ("train", "validation")
 
 
@@ -166,8 +166,9 @@ def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: 
                 writer.write([tokenizer.image] if isinstance(part, Ref) else next(encoded))
             writer.write([tokenizer.eot])
             lengths.extend((writer.tokens - start, held_out))
+        for writer in writers:
+            writer.flush()
     for writer in writers:
-        writer.flush()
         if writer.table:
             np.save(folder / f"{writer.part}-images.npy", np.array(writer.table, np.int64).reshape(-1, 3))
     np.save(folder / "documents.npy", np.array(lengths, np.int64).reshape(-1, 2))
@@ -218,11 +219,9 @@ class Writer:
     def write(self, tokens: Sequence[int] | Integer[np.ndarray, " T"]) -> None:
         self.waiting += np.asarray(tokens, self.dtype).tobytes()
         self.tokens += len(tokens)
-        if len(self.waiting) >= CHUNK * self.dtype.itemsize:
-            self.flush()
 
     def flush(self) -> None:
-        """Puts what waits into the files; to be called after the last `write`."""
+        """Puts what waits into the files."""
         for name, waiting in ((f"{self.part}.bin", self.waiting), (f"{self.part}-images.jsonl", self.lines)):
             if waiting:
                 with open(self.folder / name, "ab") as file:

@@ -223,5 +223,4 @@ def validation_batches(samples: Samples, batch_size: int, count: int) -> Iterato
     """At most `count` batches of the first windows of the text, each once; rows of weight 0 fill up the last batch."""
     for first in range(0, min(count * batch_size, len(samples)), batch_size):
         index = first + np.arange(batch_size)
-        real = index < len(samples)
-        yield samples.windows(np.minimum(index, len(samples) - 1), real.astype(np.float32), index)
+        yield samples.windows(np.minimum(index, len(samples) - 1), (index < len(samples)).astype(np.float32), index)

@@ -130,11 +130,13 @@ def documents(files: Sequence[File], problems: Sequence[str] = ()) -> Iterator[D
     """
     problems = list(problems)
     for file in files:
-        name = file.path.name
-        read = json_lines if name.endswith(tuple(READERS)) else tar_groups if name.endswith(".tar") else whole_file
-        for parts in read(file, problems):
-            if any(parts) and not problems:
-                yield Document(file.name, parts)
+        read = next((read for ending, read in READERS.items() if file.path.name.endswith(ending)), whole_file)
+        try:
+            for parts in read(file, problems):
+                if any(parts) and not problems:
+                    yield Document(file.name, parts)
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            problems.append(unreadable(file.path, error))
     if problems:
         more = [f"and {len(problems) - SHOWN} more problems like these"] if len(problems) > SHOWN else []
         raise ConfigError(problems[:SHOWN] + more)
@@ -143,27 +145,22 @@ def documents(files: Sequence[File], problems: Sequence[str] = ()) -> Iterator[D
 def whole_file(file: File, problems: list[str]) -> Iterator[Parts]:
     """The text of a file as one document, byte for byte (line ends are not translated)."""
     try:
-        text = file.path.read_bytes().decode()
+        yield (file.path.read_bytes().decode(),)
     except UnicodeDecodeError as error:
         if not file.lenient:
             problems.append(f"every text file must be UTF-8; {file.path} has byte 0x{error.object[error.start]:02x} at "
                             f"byte offset {error.start}; convert it (iconv -t utf-8), or name the text files by a glob")
-    except OSError as error:
-        problems.append(unreadable(file.path, error))
-    else:
-        yield (text,)
 
 
-def json_lines(file: File, problems: list[str]) -> Iterator[Parts]:
+def json_lines(open_lines: Callable[[Path], Any], file: File, problems: list[str]) -> Iterator[Parts]:
     """The "text" or the "parts" of every line of a .jsonl, .jsonl.gz or .jsonl.zst; blank lines are skipped."""
     folder = os.path.abspath(file.path.parent)
 
     def refer(name: str, video: bool) -> Ref:
         return Ref(name, os.path.join(folder, name), 0, -1, video)
 
-    read = next(reader for ending, reader in READERS.items() if file.path.name.endswith(ending))
     try:
-        with closing(read(file.path)) as lines:
+        with closing(open_lines(file.path)) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -174,8 +171,6 @@ def json_lines(file: File, problems: list[str]) -> Iterator[Parts]:
     except ImportError:
         problems.append(f"a .jsonl.zst needs the optional package zstandard; {file.path} is one and the package is not "
                         "installed; pip install zstandard")
-    except (OSError, EOFError, zlib.error) as error:
-        problems.append(unreadable(file.path, error))
 
 
 def read_row(line: bytes) -> Any:
@@ -215,22 +210,19 @@ def row_part(part: Any, refer: Callable[[str, bool], Ref]) -> str | Ref:
 
 def tar_groups(file: File, problems: list[str]) -> Iterator[Parts]:
     """The documents of a .tar as WebDataset writes it: a group of files alike up to the first dot is one."""
-    try:
-        with tarfile.open(file.path, "r:") as tar:
-            files = {os.path.normpath(one.name): one for one in tar if one.isfile()}
-            groups: dict[str, list[str]] = {}
-            for name in files:
-                folder, base = os.path.split(name)
-                if not base.startswith("."):
-                    groups.setdefault(os.path.join(folder, base.split(".")[0]), []).append(name)
-            for key, names in groups.items():
-                try:
-                    yield group_parts(tar, os.path.abspath(file.path), files, names)
-                except (ValueError, RecursionError) as error:
-                    problems.append("the .json and .txt of a .tar must be UTF-8 and name files of that .tar; "
-                                    f"{file.path}:{key} {error}; repair it, or take it out of the .tar")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        problems.append(unreadable(file.path, error))
+    with tarfile.open(file.path, "r:") as tar:
+        files = {os.path.normpath(one.name): one for one in tar if one.isfile()}
+        groups: dict[str, list[str]] = {}
+        for name in files:
+            folder, base = os.path.split(name)
+            if not base.startswith("."):
+                groups.setdefault(os.path.join(folder, base.split(".")[0]), []).append(name)
+        for key, names in groups.items():
+            try:
+                yield group_parts(tar, os.path.abspath(file.path), files, names)
+            except (ValueError, RecursionError) as error:
+                problems.append("the .json and .txt of a .tar must be UTF-8 and name files of that .tar; "
+                                f"{file.path}:{key} {error}; repair it, or take it out of the .tar")
 
 
 def group_parts(tar: tarfile.TarFile, path: str, files: dict[str, tarfile.TarInfo], names: list[str]) -> Parts:
@@ -275,5 +267,6 @@ def zstd_lines(path: Path) -> Iterator[bytes]:
         raise OSError("the file ends in the middle of a frame")
 
 
-READERS: dict[str, Callable[[Path], Any]] = {  # lines that can be closed
-    ".jsonl": partial(open, mode="rb"), ".jsonl.gz": gzip.open, ".jsonl.zst": zstd_lines}
+READERS: dict[str, Callable[[File, list[str]], Iterator[Parts]]] = {
+    ".jsonl": partial(json_lines, partial(open, mode="rb")), ".jsonl.gz": partial(json_lines, gzip.open),
+    ".jsonl.zst": partial(json_lines, zstd_lines), ".tar": tar_groups}

@@ -476,7 +476,7 @@ def test_text_with_images_and_none_wanted(folder):
 
 
 def test_the_cache_keeps_the_images_of_both_parts(folder, monkeypatch):
-    monkeypatch.setattr(loader, "CHUNK", 5)
+    monkeypatch.setattr(loader, "LETTERS", 5)
     source = lines(folder, *([f"{'rgb'[n % 3]}.png", chr(97 + n)] for n in range(26)))
     data = config(folder, source, validation=0.3).data
     fresh, again = open_corpus(data), open_corpus(data)

@@ -298,7 +298,7 @@ class Killer(loader.ByteTokenizer):
         if len(text) == 30:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(text)
-loader.open_tokenizer, loader.CHUNK, loader.LETTERS = lambda *_: Killer(), 1, 1
+loader.open_tokenizer, loader.LETTERS = lambda *_: Killer(), 1
 loader.open_corpus({config!r})
 """
     assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -signal.SIGKILL
