@@ -54,20 +54,16 @@ def generate_tokens(sharded: Sharded, weights: dict[str, Array], prompts: Sequen
 
 
 def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperature: float, top_p: float) -> None:
-    problems = []
-    if not prompts or not all(map(len, prompts)):
-        problems.append("a prompt has at least one token; got an empty one")
-    if new < 1:
-        problems.append(f"max_new_tokens must be 1 or more; got {new}")
-    if not temperature >= 0:
-        problems.append(f"temperature must not be negative; got {temperature}; 0 takes the likeliest token")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p must be above 0 and at most 1; got {top_p}")
     model = sharded.config.model
-    if model.moe.router == "expert_choice" and "M" in model.layer_kinds():
-        problems.append("generation needs a router that does not look ahead; this model's is expert_choice, whose "
-                        "experts choose among all tokens of a sequence; train with router topk or sigmoid")
-    if problems:
+    rules = {
+        "a prompt has at least one token; got an empty one": prompts and all(map(len, prompts)),
+        f"max_new_tokens must be 1 or more; got {new}": new >= 1,
+        f"temperature must not be negative; got {temperature}; 0 takes the likeliest token": temperature >= 0,
+        f"top_p must be above 0 and at most 1; got {top_p}": 0 < top_p <= 1,
+        "generation needs a router that does not look ahead; this model's is expert_choice, whose experts choose among "
+        "all tokens of a sequence; train with router topk or sigmoid":
+            model.moe.router != "expert_choice" or "M" not in model.layer_kinds()}
+    if problems := [rule for rule, kept in rules.items() if not kept]:
         raise ConfigError(problems)
 
 
