@@ -52,7 +52,7 @@ class Model:
         return open_tokenizer(name, self.config.model.vocab)
 
     def prompt(self, text: str, chat: bool = False) -> list[int]:
-        """The ids before an answer: of a text, with <image> where a model that sees has one, or of a chat's message."""
+        """The ids before an answer: of a text, whose <image>s are images if the model sees, or of a user's message."""
         if chat:
             return self.tokenizer.chat([{"role": "user", "content": text}]).tolist()
         first, *rest = text.split(IMAGE) if self.config.model.cross and self.tokenizer.image is not None else [text]
@@ -62,7 +62,7 @@ class Model:
     def pictures(self, prompts: Sequence[list[int]], images: Sequence[Sequence[Any]]) -> Images | None:
         """The images of prompts (files, or uint8 "S S 3" or "frames S S 3") as a batch has them; None without any.
 
-        Raises ConfigError: a prompt has not one <image> for every image, or a file cannot be read, or the model see.
+        Raises ConfigError: a prompt has not one <image> for every image, a file is no image, or the model sees nothing.
         """
         model, images = self.config.model, [*images, *[()] * (len(prompts) - len(images))]
         if any(images) and not model.cross:
