@@ -54,7 +54,6 @@ class Tensor(NamedTuple):
     weight: str
     at: dict[str, int]  # index along `layer`, `expert`, `gate`
     shape: tuple[int, ...]
-    rows: range | None  # of our weight, along the first axis that the tensor has; all where None
 
     def first(self) -> str:
         return groups(self.entry)[0][0]
@@ -199,25 +198,21 @@ class Checkpoint:
         if any(i not in ranges[axis] for axis, i in tensor.at.items()):
             return
         sizes = dict(zip(rules.names(sharded.axes[tensor.weight]), sharded.shapes[tensor.weight], strict=True))
-        if tensor.rows is not None:
-            axis, rows, held = tensor.first(), tensor.rows, ranges[tensor.first()]
+        if (rows := tensor.entry.rows) is not None:
+            axis, held = tensor.first(), ranges[tensor.first()]
             a, b = max(held.start, rows.start), min(held.stop, rows.stop)
             if a >= b:
                 return
             out = out[tuple(slice(a - held.start, b - held.start) if one == axis else slice(None) for one in ranges)]
-            ranges = {**ranges, axis: range(a - rows.start, b - rows.start)}
-        file, dims = self.files[name], [dim for dim in groups(tensor.entry) if dim]
-        cuts, inner = [], []
-        for dim in dims:  # of a dimension of several axes the outer one is cut first
-            size = math.prod(sizes[axis] for axis in dim[1:])
-            cuts.append(slice(ranges[dim[0]].start * size, ranges[dim[0]].stop * size))
-            inner += [slice(None), *(slice(ranges[axis].start, ranges[axis].stop) for axis in dim[1:])]
-        value = file.view(name).reshape([n for n, dim in zip(tensor.shape, groups(tensor.entry), strict=True) if dim])
-        value = value[tuple(cuts)].reshape([n for dim in dims for n in (len(ranges[dim[0]]), *(
-            sizes[axis] for axis in dim[1:]))])
-        value = turned(value, tensor.entry, sharded.config.model, interleaved=True)[tuple(inner)]
+            ranges, sizes[axis] = {**ranges, axis: range(a - rows.start, b - rows.start)}, len(rows)
+        file, order = self.files[name], [axis for dim in groups(tensor.entry) for axis in dim]
+        cuts = {axis: slice(ranges[axis].start, ranges[axis].stop) for axis in order}
+        turns = [axis for axis in order if f"{axis}~" in tensor.entry.axes]  # these are cut when they are turned
+        value = file.view(name).reshape([sizes[axis] for axis in order])
+        value = value[tuple(slice(None) if axis in turns else cuts[axis] for axis in order)]
+        value = turned(value, tensor.entry, sharded.config.model, interleaved=True)
+        value = value[tuple(cuts[axis] if axis in turns else slice(None) for axis in order)]
         at = tuple(tensor.at[axis] - ranges[axis].start if axis in tensor.at else slice(None) for axis in ranges)
-        order = [axis for dim in dims for axis in dim]
         copy(out[at], value.transpose([order.index(axis) for axis in ranges if axis not in tensor.at]))
         file.leave(name)
 
@@ -309,9 +304,8 @@ def tensors(entries: Sequence[Entry], sharded: Sharded) -> dict[str, Tensor]:
             if weight not in sharded.axes or not fits(entry, rules.names(sharded.axes[weight])):
                 continue
             sizes = dict(zip(rules.names(sharded.axes[weight]), sharded.shapes[weight], strict=True))
-            rows = entry.rows if isinstance(entry.rows, range) else None
-            if rows is not None:
-                sizes[groups(entry)[0][0]] = len(rows)
+            if entry.rows is not None:
+                sizes[groups(entry)[0][0]] = len(entry.rows)
             shape = tuple(math.prod(sizes[axis] for axis in dim) for dim in groups(entry))
             if 0 in shape:
                 continue
@@ -319,7 +313,7 @@ def tensors(entries: Sequence[Entry], sharded: Sharded) -> dict[str, Tensor]:
                 for expert in range(sizes["expert"]) if "{expert}" in entry.there else [None]:
                     at = {"layer": row if inside else None, "expert": expert, "gate": entry.gate}
                     name = entry.there.format(expert=expert, **{inside or "layer": layer})
-                    found[name] = Tensor(entry, weight, {k: v for k, v in at.items() if v is not None}, shape, rows)
+                    found[name] = Tensor(entry, weight, {k: v for k, v in at.items() if v is not None}, shape)
     return found
 
 
@@ -406,7 +400,8 @@ def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, publish
 def fetch(weights: Mapping[str, Array], tensor: Tensor, sharded: Sharded) -> np.ndarray:
     """One tensor as it is published, float32."""
     axes = rules.names(sharded.axes[tensor.weight])
-    at = tensor.at if tensor.rows is None else tensor.at | {tensor.first(): slice(tensor.rows.start, tensor.rows.stop)}
+    rows = tensor.entry.rows
+    at = tensor.at if rows is None else tensor.at | {tensor.first(): slice(rows.start, rows.stop)}
     value = np.asarray(weights[tensor.weight][tuple(at.get(axis, slice(None)) for axis in axes)])
     held = [axis for axis in axes if axis not in tensor.at]
     value = value.transpose([held.index(axis) for dim in groups(tensor.entry) for axis in dim])

@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     here: str
     axes: str
     gate: int | None = None  # the tensor is this one of the matrices into the hidden layer
-    rows: str | range = ""  # of ours along its first axis: keys of config.json count them, the last, and those before
+    rows: str | range | None = None  # of ours, first axis: keys of config.json count them, the last, and those before
 
 
 def both(there: str, here: str, axes: str, bias: str = "norm", gate: int | None = None) -> tuple[Entry, Entry]:
@@ -56,27 +56,27 @@ def mlp(there: str, here: str, names: str = "gate_proj up_proj down_proj") -> tu
 
 
 LAYER = "model.layers.{layer}."
+HEADS, MLP, SPARSE = (LAYER + part for part in ("self_attn.", "mlp.", "block_sparse_moe."))
 OUTSIDE = (
     Entry("model.embed_tokens.weight", "embedding", "vocab embed"), *norm("model.norm", "norm"),
     *both("lm_head", "head", "vocab embed", "vocab"), *norm(LAYER + "input_layernorm", "attention_norm"),
     *norm(LAYER + "post_attention_layernorm", "feed_norm"))
-ATTENTION = (*attention(LAYER + "self_attn."), Entry(LAYER + "self_attn.sinks", "attention.sinks", "heads"))
-HEAD_NORMS = tuple(Entry(f"{LAYER}self_attn.{x}_norm.weight", f"attention.{x}_norm", "head") for x in "qk")
-WHOLE_NORMS = tuple(Entry(f"{LAYER}self_attn.{x}_norm.weight", f"attention.{x}_norm", axes)
-                    for x, axes in (("q", "(heads head)"), ("k", "(kv head)")))
-LATENT = (Entry(LAYER + "self_attn.q_proj.weight", "attention.q", "(heads head~) embed"),
-          *both(LAYER + "self_attn.q_a_proj", "attention.q_down", "queries embed", "queries"),
-          Entry(LAYER + "self_attn.q_a_layernorm.weight", "attention.q_norm", "queries"),
-          Entry(LAYER + "self_attn.q_b_proj.weight", "attention.q", "(heads head~) queries"),
-          *both(LAYER + "self_attn.kv_a_proj_with_mqa", "attention.kv_down", "mixed~ embed", "mixed~"),
-          Entry(LAYER + "self_attn.kv_a_layernorm.weight", "attention.kv_norm", "keys"),
-          Entry(LAYER + "self_attn.kv_b_proj.weight", "attention.kv", "(heads both) keys"),
-          *both(LAYER + "self_attn.o_proj", "attention.o", "embed (heads head)"))
-DENSE = mlp(LAYER + "mlp.", "feed.mlp.")
-MIXTRAL_EXPERTS = (*mlp(LAYER + "block_sparse_moe.experts.{expert}.", "feed.", "w1 w3 w2"),
-                   Entry(LAYER + "block_sparse_moe.gate.weight", "feed.router", "choice embed"))
-QWEN_EXPERTS = (*mlp(LAYER + "mlp.experts.{expert}.", "feed."),
-                Entry(LAYER + "mlp.gate.weight", "feed.router", "choice embed"))
+ATTENTION = (*attention(HEADS), Entry(HEADS + "sinks", "attention.sinks", "heads"))
+HEAD_NORMS = tuple(Entry(f"{HEADS}{x}_norm.weight", f"attention.{x}_norm", "head") for x in "qk")
+WHOLE_NORMS = (Entry(HEADS + "q_norm.weight", "attention.q_norm", "(heads head)"),
+               Entry(HEADS + "k_norm.weight", "attention.k_norm", "(kv head)"))
+LATENT = (Entry(HEADS + "q_proj.weight", "attention.q", "(heads head~) embed"),
+          *both(HEADS + "q_a_proj", "attention.q_down", "queries embed", "queries"),
+          Entry(HEADS + "q_a_layernorm.weight", "attention.q_norm", "queries"),
+          Entry(HEADS + "q_b_proj.weight", "attention.q", "(heads head~) queries"),
+          *both(HEADS + "kv_a_proj_with_mqa", "attention.kv_down", "mixed~ embed", "mixed~"),
+          Entry(HEADS + "kv_a_layernorm.weight", "attention.kv_norm", "keys"),
+          Entry(HEADS + "kv_b_proj.weight", "attention.kv", "(heads both) keys"),
+          *both(HEADS + "o_proj", "attention.o", "embed (heads head)"))
+DENSE = mlp(MLP, "feed.mlp.")
+ROUTER = "feed.router", "choice embed"
+MIXTRAL_EXPERTS = (*mlp(SPARSE + "experts.{expert}.", "feed.", "w1 w3 w2"), Entry(SPARSE + "gate.weight", *ROUTER))
+QWEN_EXPERTS = (*mlp(MLP + "experts.{expert}.", "feed."), Entry(MLP + "gate.weight", *ROUTER))
 
 
 def seeing(prefix: str) -> tuple[Entry, ...]:
@@ -160,8 +160,8 @@ FAMILIES = {
         "num_key_value_heads": 8, "sliding_window": 4096}),
     "mixtral": Family("MixtralForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), reading.mixtral, MIXTRAL),
     "qwen2_moe": Family("Qwen2MoeForCausalLM", (
-        *OUTSIDE, *ATTENTION, *DENSE, *QWEN_EXPERTS, *mlp(LAYER + "mlp.shared_expert.", "feed.shared."),
-        Entry(LAYER + "mlp.shared_expert_gate.weight", "feed.shared_gate", "one embed")), reading.qwen2_moe,
+        *OUTSIDE, *ATTENTION, *DENSE, *QWEN_EXPERTS, *mlp(MLP + "shared_expert.", "feed.shared."),
+        Entry(MLP + "shared_expert_gate.weight", "feed.shared_gate", "one embed")), reading.qwen2_moe,
         {"num_key_value_heads": 16, "sliding_window": 4096}),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", (*OUTSIDE, *ATTENTION, *HEAD_NORMS, *DENSE, *QWEN_EXPERTS),
                         reading.qwen3_moe, {"num_key_value_heads": 4, "sliding_window": 4096}),
@@ -169,21 +169,19 @@ FAMILIES = {
         "rms_norm_eps": 1e-5}),
     "phimoe": Family("PhimoeForCausalLM", (*OUTSIDE, *ATTENTION, *MIXTRAL_EXPERTS), reading.phimoe, MIXTRAL),
     "granitemoe": Family("GraniteMoeForCausalLM", (
-        *OUTSIDE, *ATTENTION, Entry(LAYER + "block_sparse_moe.router.layer.weight", "feed.router", "choice embed"),
-        Entry(LAYER + "block_sparse_moe.input_linear.weight", "feed.up", "expert (gate hidden) embed"),
-        Entry(LAYER + "block_sparse_moe.output_linear.weight", "feed.down", "expert embed hidden")),
-        reading.granitemoe),
+        *OUTSIDE, *ATTENTION, Entry(SPARSE + "router.layer.weight", *ROUTER),
+        Entry(SPARSE + "input_linear.weight", "feed.up", "expert (gate hidden) embed"),
+        Entry(SPARSE + "output_linear.weight", "feed.down", "expert embed hidden")), reading.granitemoe),
     "gpt_oss": Family("GptOssForCausalLM", (
-        *OUTSIDE, *ATTENTION, *both(LAYER + "mlp.router", "feed.router", "choice embed", "choice"),
-        Entry(LAYER + "mlp.experts.gate_up_proj", "feed.up", "expert embed (hidden gate)"),
-        Entry(LAYER + "mlp.experts.gate_up_proj_bias", "feed.up_bias", "expert (hidden gate)"),
-        Entry(LAYER + "mlp.experts.down_proj", "feed.down", "expert hidden embed"),
-        Entry(LAYER + "mlp.experts.down_proj_bias", "feed.down_bias", "expert norm")), reading.gpt_oss, {
-            "num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128, "rope_theta": 150_000.0,
-            "rms_norm_eps": 1e-5}),
+        *OUTSIDE, *ATTENTION, *both(MLP + "router", *ROUTER, "choice"),
+        Entry(MLP + "experts.gate_up_proj", "feed.up", "expert embed (hidden gate)"),
+        Entry(MLP + "experts.gate_up_proj_bias", "feed.up_bias", "expert (hidden gate)"),
+        Entry(MLP + "experts.down_proj", "feed.down", "expert hidden embed"),
+        Entry(MLP + "experts.down_proj_bias", "feed.down_bias", "expert norm")), reading.gpt_oss, MIXTRAL | {
+            "head_dim": 64, "sliding_window": 128, "rope_theta": 150_000.0}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (
-        *OUTSIDE, *LATENT, *DENSE, *QWEN_EXPERTS, *mlp(LAYER + "mlp.shared_experts.", "feed.shared."),
-        Entry(LAYER + "mlp.gate.e_score_correction_bias", "feed.bias", "choice")), reading.deepseek_v3),
+        *OUTSIDE, *LATENT, *DENSE, *QWEN_EXPERTS, *mlp(MLP + "shared_experts.", "feed.shared."),
+        Entry(MLP + "gate.e_score_correction_bias", "feed.bias", "choice")), reading.deepseek_v3),
     "clip_vision_model": Family("CLIPVisionModel", seeing("vision_model."), reading.clip, reading.CLIP),
     "siglip_vision_model": Family("SiglipVisionModel", seeing("vision_model."), reading.siglip, reading.SIGLIP),
     "idefics": Family("IdeficsForVisionText2Text", IDEFICS, reading.idefics, {
@@ -194,20 +192,18 @@ WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # with a
 
 
 def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
-    """A config.json of this family for a model, and sequences of `longest` tokens at most: what reading it back gives
-    says how far the family can express it.
-    """
+    """A config.json for a model and `longest` tokens at most; reading it back says how far the family expresses it."""
     moe, kinds, shared = model.moe, model.layer_kinds(), model.moe.shared
     first = kinds.index("M") if "M" in kinds else len(kinds)
     latent_ = model.latent or (0, 0, model.head_dim, model.head_dim)
     scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
     kind, numbers = model.rope()
-    longest = int(numbers["original"]) if kind == "dynamic" else longest
     one_width = "M" in kinds and family.read in reading.ONE_WIDTH
     every = {
         "hidden_size": model.d_model, "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads, "head_dim": latent_[2], "vocab_size": model.vocab,
-        "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied, "max_position_embeddings": longest,
+        "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied,
+        "max_position_embeddings": int(numbers["original"]) if kind == "dynamic" else longest,
         "hidden_act": next((name for name, ours in ACTIVATIONS.items() if ours == model.activation), "silu"),
         "rope_parameters": rope_parameters(model), "intermediate_size": moe.hidden if one_width else model.hidden,
         "sliding_window": model.window, "use_sliding_window": bool(model.window), "max_window_layers": model.layers,
