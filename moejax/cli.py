@@ -72,18 +72,52 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Draw the pipeline schedule of a config (--schedule) and count its bubble."""
+    """What a config costs: parameters, FLOPs, memory, traffic, time and price."""
     config = load_config(args.config, args.overrides)
-    if not args.schedule:
-        raise ConfigError(["moejax plan draws a schedule so far; add --schedule"])
-    from moejax.parallel import schedules
+    if sum((args.schedule, args.leak, args.search, args.inference)) > 1:
+        raise ConfigError(["moejax plan takes one of --schedule, --leak, --search and --inference at a time"])
+    if args.schedule:
+        from moejax.parallel import schedules
 
-    table = schedules.make(config)
-    result = {"schedule": table.name, "stages": table.stages, "microbatches": table.microbatches,
-              "chunks": table.chunks, "ticks": len(table.ticks), "bubble": table.bubble(),
-              "peak_inflight": table.peak_inflight()}
+        table = schedules.make(config)
+        result, text = {
+            "schedule": table.name, "stages": table.stages, "microbatches": table.microbatches,
+            "chunks": table.chunks, "ticks": len(table.ticks), "bubble": table.bubble(),
+            "peak_inflight": table.peak_inflight()}, f"{table.show(shutil.get_terminal_size((160, 24)).columns)}\n" + (
+                schedules.describe(table))
+    elif args.leak:
+        from moejax.plan import leak
+
+        found = leak.figures(config)
+        result, text = {"figures": [one._asdict() | {"residual": one.residual} for one in found]}, leak.text(found)
+    elif args.search:
+        from moejax.plan import search
+
+        result = search.search(config, args.on, args.top)
+        text = search.text(result)
+    elif args.inference:
+        from moejax.plan import inference
+
+        result = inference.inference(config, args.on, Path(config.run_dir, "plan"))
+        text = inference.text(result)
+    else:
+        from moejax.plan import budget
+
+        result = budget.plan(config, args.on, args.tokens, args.mfu)
+        text = budget.text(result)
     if not args.json:
-        print(f"{table.show(shutil.get_terminal_size((160, 24)).columns)}\n{schedules.describe(table)}")
+        print(text)
+    return result
+
+
+def compile_(args: argparse.Namespace) -> dict[str, Any]:
+    """Compile a config's training step for devices that need not be there, and hold the plan against it."""
+    config = load_config(args.config, args.overrides)
+    from moejax.plan import compile
+
+    result = compile.compile_step(config, args.devices, args.topology)
+    if not args.json:
+        print(compile.text(result))
     return result
 
 
@@ -159,7 +193,20 @@ def parser() -> argparse.ArgumentParser:
     command(import_, "folder", "run")
     command(export, "run", "folder").add_argument("--dtype", help="float32, bfloat16 or float16; default: as imported, "
                                                                   "else float32")
-    command(plan, "config").add_argument("--schedule", action="store_true", help="draw the ticks of the pipeline")
+    costs = command(plan, "config")
+    costs.add_argument("--on", default="H100", metavar="DEVICExN", help="devices to plan for, such as H100x1024; "
+                       "cpu is measured (H100, as many as the mesh needs)")
+    costs.add_argument("--tokens", type=float, help="of the whole training (those of train.steps)")
+    costs.add_argument("--mfu", type=float, help="FLOP/s utilisation to reckon with, as 0.35 (the roofline's)")
+    costs.add_argument("--top", type=int, default=10, help="layouts that --search shows (10)")
+    for name, what in (("schedule", "draw the ticks of the pipeline"), ("search", "find the fastest layout that fits"),
+                       ("inference", "latency and throughput in use, with a picture in the run folder"),
+                       ("leak", "published figures of the model of configs/gpt4.py beside ours")):
+        costs.add_argument(f"--{name}", action="store_true", help=what)
+    ahead = command(compile_, "config")
+    ahead.add_argument("--devices", type=int, default=0, metavar="N",
+                       help="fake CPU devices (as many as the mesh needs)")
+    ahead.add_argument("--topology", default="", help="TPUs or GPUs instead, such as v5p:8x8x4 or h200:8")
     command(report, "run")
     command(checkpoint, "action", "run").add_argument("other", metavar="RUN", nargs="?", help="to compare with (diff)")
     return top

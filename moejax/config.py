@@ -270,6 +270,7 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    hardware: tuple[str, ...] = ()  # devices for `moejax plan`, added to those of parallel/hardware.py
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -17,7 +17,7 @@ from moejax.train.optimizer import OPTIMIZERS
 ROOT = Path(moejax.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
 # A package imports from those below it; those of one level do not know one another.
-ORDER = ("config", "parallel", "model data", "train serve hf plan", "api", "cli")
+ORDER = ("config", "parallel", "model data", "train serve hf", "plan", "api", "cli")
 LEVELS = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 
 

@@ -9,14 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import config as configs
-from moejax.parallel import processes
+from moejax.parallel import hardware, processes
 from moejax.parallel.axes import AXES
-
-# Dense bfloat16 FLOP/s of one device by the start of its `device_kind`, from the makers' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-}
 
 
 def start(mesh: configs.Mesh, heartbeat: int = 100) -> None:
@@ -82,9 +76,8 @@ def peak_flops(device: jax.Device) -> float:
 
     The processes of a group must all call it: they measure at the same time, as they may share one machine.
     """
-    for kind, flops in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
-        if device.device_kind.startswith(kind):
-            return flops
+    if known := hardware.of_kind(device.device_kind):
+        return known.bfloat16
     if device.process_index != jax.process_index():
         device = jax.local_devices()[0]
     size = 1024

@@ -1,0 +1,217 @@
+"""The compiler's word: the real training step compiled ahead of time, for fake CPU devices, TPUs or GPUs that are not
+there, and what the compiled program says of its memory and of the bytes that it moves.
+"""
+
+import functools
+import operator
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from moejax.config import Config, ConfigError
+from moejax.parallel import mesh as meshes
+from moejax.parallel.axes import AXES
+from moejax.plan.count import SENT, make_program, trace
+
+# Of a GPU, what its compiler asks for: cores, memory, bytes a second, second-level cache, clock in GHz, compute
+# capability, shared memory of a core and of a block at most.
+GPUS = {"a100": (108, 85100068864, 2039040000000, 41943040, 1.41, (8, 0), 167936, 166912),
+        "h100": (132, 85520809984, 3352320000000, 52428800, 1.98, (9, 0), 233472, 232448),
+        "h200": (132, 151397597184, 4800000000000, 52428800, 1.98, (9, 0), 233472, 232448),
+        "b200": (148, 191514411008, 7672320000000, 132644864, 1.965, (10, 0), 233472, 232448)}
+KINDS = {"all-reduce": "all_reduce", "reduce-scatter": "reduce_scatter", "all-gather": "all_gather",
+         "all-to-all": "all_to_all", "collective-permute": "permute"}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
+         "u64": 8, "f64": 8}
+LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+
+
+def compile_step(config: Config, devices: int = 0, topology: str = "") -> dict[str, Any]:
+    """Compile a config's training step and hold it against the plan.
+
+    Args:
+        devices: fake CPU devices; the mesh must multiply to them.
+        topology: "v5p:8x8x4" or "h200:8", with the wheels of the extra `tpu` or `aot-gpu`; no such device is needed.
+    Returns: {"devices", "seconds", "memory": {"arguments", "temporary", "peak"?}, "predicted": the same,
+        "sent": {axes: [compiled, predicted]}, "flops": [compiled or None, predicted]}; bytes of one device and step.
+    Raises ConfigError: a mesh of another size, an unknown topology, a missing wheel, or too little memory there.
+    """
+    count = config.mesh.devices()
+    if topology:
+        found = describe(topology)
+    else:
+        config = replace(config, mesh=replace(config.mesh, fake_devices=devices or count))
+        meshes.start(config.mesh)
+        found = jax.devices()[: devices or count]
+    if len(found) != count:
+        raise ConfigError([f"the mesh axes multiply to {count} and {topology or devices} has {len(found)} devices; set "
+                           f"the mesh to {len(found)}, or ask for {count}"])
+    _, step, args = make_program(config, meshes.make_mesh(config.mesh, found))
+    begin = time.perf_counter()
+    try:
+        compiled = step.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError([f"the step must fit into a device's memory; the compiler of {topology} says: "
+                           f"{str(error).splitlines()[0][:300]}"]) from None
+    seconds, memory, planned = time.perf_counter() - begin, compiled.memory_analysis(), trace(config)
+    program = Program(compiled.as_text(), {axis: getattr(config.mesh, axis) for axis in AXES})
+    flops, sent = program.total(program.entry)
+    return {"devices": count, "on": topology or "cpu", "compute": config.train.compute, "seconds": seconds,
+            "memory": {"arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes},
+            "predicted": {"arguments": planned.arguments, "temporary": planned.peak},
+            "sent": {axes: [round(sent[axes]), round(planned.sent[axes])] for axes in sorted({*sent, *planned.sent})},
+            "flops": [flops or None, planned.flops()]}
+
+
+def describe(topology: str) -> list[Any]:
+    """The devices of a topology that need not be there."""
+    name, _, shape = topology.lower().partition(":")
+    try:
+        numbers = [int(each) for each in shape.split("x")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or not (name in GPUS or name.startswith("v")):
+        raise ConfigError([f"a topology is a TPU's, such as v5p:8x8x4, or one of {', '.join(GPUS)} with a number, such "
+                           f"as h200:8; got {topology!r}"])
+    if name in GPUS:
+        need("jax_plugins.xla_cuda13", "aot-gpu", "jax-cuda13-plugin and jax-cuda13-pjrt")
+        return topologies.get_topology_desc("", platform="cuda", target_config=target(name),
+                                            topology=f"1x{-(-numbers[0] // 8)}x{min(numbers[0], 8)}").devices
+    need("libtpu", "tpu", "libtpu")
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1"}
+    try:
+        return topologies.get_topology_desc(topology_name=topology.lower(), platform="tpu").devices
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError([f"libtpu knows no topology {topology!r} ({str(error).splitlines()[0][:200]}); TPUs of three "
+                           "dimensions are written v5p:4x4x4, others v5e:4x4"]) from None
+
+
+def need(module: str, extra: str, wheels: str) -> None:
+    try:
+        there = find_spec(module)
+    except ModuleNotFoundError:
+        there = None
+    if there is None:
+        raise ConfigError([f"this compiler is in {wheels}; pip install 'moejax[{extra}]'"])
+
+
+def target(name: str) -> str:
+    cores, memory, bandwidth, cache, clock, (major, minor), shared, block = GPUS[name]
+    return (f"gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
+            f"shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128 "
+            f"block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: "
+            f"{bandwidth} l2_cache_size: {cache} clock_rate_ghz: {clock} device_memory_size: {memory} "
+            f"shared_memory_per_block_optin: {block} cuda_compute_capability {{ major: {major} minor: {minor} }} "
+            f"registers_per_core_limit: 65536 registers_per_block_limit: 65536 }} platform_name: \"CUDA\" "
+            f"dnn_version_info {{ major: 9 minor: 10 }} device_description_str: \"NVIDIA {name.upper()}\"")
+
+
+@dataclass
+class Instruction:
+    kind: str
+    shape: str
+    rest: str  # operands and attributes
+
+
+@dataclass
+class Program:
+    """The text of a compiled program, read for its matmuls and its collectives."""
+
+    text: str
+    mesh: dict[str, int]
+    entry: str = ""
+    parts: dict[str, dict[str, Instruction]] = field(default_factory=lambda: defaultdict(dict))
+
+    def __post_init__(self) -> None:
+        name = ""
+        for line in self.text.splitlines():
+            if line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.\-]+)[ (]", line)) and " = " not in line:
+                name = found[2]
+                self.entry = name if found[1] else self.entry
+            elif found := LINE.match(line):
+                self.parts[name][found[1]] = Instruction(found[3], found[2], found[4])
+        self.known: dict[str, tuple[float, Counter]] = {}
+
+    def total(self, name: str) -> tuple[float, Counter]:
+        """FLOPs of the matmuls and bytes sent by axes, loops as often as they run and the dearest branches."""
+        if name not in self.known:
+            flops, sent = 0.0, Counter()
+            for each in self.parts[name].values():
+                more, moves = self.one(each, self.parts[name])
+                flops += more
+                sent.update(moves)
+            self.known[name] = flops, sent
+        return self.known[name]
+
+    def one(self, each: Instruction, around: dict[str, Instruction]) -> tuple[float, Counter]:
+        called = [self.total(part) for part in re.findall(
+            r"(?:body|calls|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)", each.rest)]
+        if branches := re.search(r"branch_computations=\{([^}]*)\}", each.rest):
+            called = [self.total(part.strip(" %")) for part in branches[1].split(",")]
+        if each.kind == "conditional":
+            return max(flops for flops, _ in called), functools.reduce(operator.or_, (sent for _, sent in called))
+        if each.kind == "while":
+            times = int((re.search(r'known_trip_count[^0-9]*"(\d+)"', each.rest) or [0, 1])[1])
+            return called[0][0] * times, Counter({axes: x * times for axes, x in called[0][1].items()})
+        operands = [around[name] for name in re.findall(r"%?([\w.\-]+)", each.rest.split(")")[0]) if name in around]
+        if (kind := KINDS.get(each.kind.removesuffix("-start"))) and operands:
+            axes, size = self.axes(each.rest)
+            held = sum(bytes_of(operand.shape) for operand in operands)
+            return 0.0, Counter({axes: SENT[kind](held, size)}) if axes else Counter()
+        if each.kind == "dot":
+            dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)[1]
+            left = sizes_of(operands[0].shape)[0][1]
+            return 2.0 * np.prod(sizes_of(each.shape)[0][1]) * np.prod([left[int(d)] for d in dims.split(",") if d]), (
+                Counter())
+        return sum(flops for flops, _ in called), sum((sent for _, sent in called), Counter())
+
+    def axes(self, rest: str) -> tuple[str, int]:
+        """Over which mesh axes a collective goes, and how many devices take part."""
+        if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+            group = [int(pairs[1]), int(pairs[2])]
+        elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+            group = [int(each) for each in listed[1].split(",")]
+        elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+            shape, dims, order = ([int(each) for each in (part or "").split(",") if each] for part in iota.groups())
+            ids = np.arange(np.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
+            group = ids.reshape(shape)[0].tolist()
+        else:
+            group = list(range(int(np.prod(list(self.mesh.values())))))
+        places = np.array(np.unravel_index(group, list(self.mesh.values())))
+        moving = [axis for axis, place in zip(self.mesh, places, strict=True) if len(set(place.tolist())) > 1]
+        return "+".join(moving), len(group)
+
+
+def sizes_of(shape: str) -> list[tuple[str, list[int]]]:
+    return [(kind, [int(each) for each in dims.split(",") if each])
+            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
+
+
+def bytes_of(shape: str) -> int:
+    return sum(BYTES.get(kind, 1) * int(np.prod(dims)) for kind, dims in sizes_of(shape))
+
+
+def text(found: dict[str, Any]) -> str:
+    """What the compiler says beside what the plan says."""
+    lines = [f"compiled for {found['devices']:,} devices ({found['on']}) in {found['seconds']:.1f} s; of one device:",
+             f"{'':<26} {'compiled':>22} {'planned':>22} {'planned / compiled':>19}"]
+    rows = [(f"{part} bytes", found["memory"][part], found["predicted"][part]) for part in found["memory"]]
+    rows += [(f"sent over {axes}", *pair) for axes, pair in found["sent"].items()]
+    rows.append(("FLOPs of matmuls", *found["flops"]))
+    for name, compiled, planned in rows:
+        told = "not told" if compiled is None else f"{compiled:,.0f}"
+        share = f"{planned / compiled:.4f}" if compiled else ""
+        lines.append(f"{name:<26} {told:>22} {planned:22,.0f} {share:>19}".rstrip())
+    if found["on"] == "cpu" and found["compute"] == "bfloat16":
+        lines.append("(XLA computes and sends bfloat16 as float32 on a CPU; with train.compute=float32 the two agree)")
+    return "\n".join(lines)

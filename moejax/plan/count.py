@@ -1,0 +1,243 @@
+"""Counts of the program that trains, traced on a mesh of any size: nothing runs, nothing is compiled.
+
+`trace` walks the jaxpr of the real step as one device does it: matmul FLOPs, bytes sent by mesh axis, and the memory of
+what is alive at the worst moment.  Of a condition the dearest branch counts, as the ticks of a pipeline last as long
+as their busiest stage.  Memory follows what compilers do: elementwise work is fused into what reads it, and what
+is carried through a loop, updated or summed over devices is done in place.
+"""
+
+import functools
+import math
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+
+from moejax.config import Config
+from moejax.data.batch import Batch
+from moejax.model.sharded import Sharded
+from moejax.parallel.axes import AXES
+from moejax.train import state as states
+from moejax.train.optimizer import make_optimizer
+from moejax.train.step import batch_spec, make_step
+
+# What a device sends of x bytes that it holds before, to n devices, as rings do it.
+SENT = {"all_reduce": lambda x, n: 2 * x * (n - 1) / n, "reduce_scatter": lambda x, n: x * (n - 1) / n,
+        "all_gather": lambda x, n: x * (n - 1), "all_to_all": lambda x, n: x * (n - 1) / n, "permute": lambda x, n: x}
+VERBS = {"psum": "all_reduce", "psum_invariant": "all_reduce", "pmax": "all_reduce", "ppermute": "permute",
+         "all_gather": "all_gather", "all_gather_invariant": "all_gather", "reduce_scatter": "reduce_scatter",
+         "all_to_all": "all_to_all"}
+LOOPS = ("scan", "while", "cond")
+# Results that are in memory, whoever reads them; those of other operations only where one of these reads them.
+STORED = {"dot_general", "gather", "scatter", "scatter-add", "sort", "cumsum", "top_k", "dynamic_update_slice",
+          "concatenate", "random_bits", "argmax", *LOOPS, *VERBS}
+SAME = {"reshape", "broadcast_in_dim", "squeeze", "pvary", "copy", "name", "stop_gradient", "convert_element_type",
+        "transpose", "slice", "rev", "iota"}  # a view, or fused into every reader
+IN_PLACE = {"dynamic_update_slice", "scatter", "scatter-add", "psum", "psum_invariant", "pmax"}
+
+
+class Count(NamedTuple):
+    dots: Counter  # (FLOPs, bytes read and written) of a matmul -> how often
+    sent: Counter  # axes, such as "tensor" or "data+fsdp" -> bytes
+    peak: int  # bytes
+
+    arguments: int  # bytes
+
+    def flops(self) -> float:
+        return flops_of(self.dots)
+
+
+def flops_of(dots: Counter) -> float:
+    return sum(flops * times for (flops, _), times in dots.items())
+
+
+class Equation(NamedTuple):
+    name: str
+    params: dict[str, Any]
+    reads: list[Any]  # variables, literals left out
+    makes: list[Any]
+    kinds: list[Any]  # avals of `makes`
+    local: bool  # inside the one-device program
+
+
+def make_program(config: Config, mesh: Mesh | AbstractMesh | None = None) -> tuple[Sharded, Any, tuple[Any, Batch]]:
+    """A config's model, training step and the step's arguments as shapes with their shardings; the mesh is abstract
+    where none is given.
+    """
+    mesh = mesh or AbstractMesh(tuple(getattr(config.mesh, axis) for axis in AXES), AXES,
+                                axis_types=(AxisType.Auto,) * len(AXES))
+    sharded = Sharded(config, mesh)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
+    rows, tokens = (config.data.batch,), (config.data.batch, config.data.sequence)
+    kinds = ((tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32), (rows, jnp.int32))
+    place = NamedSharding(mesh, batch_spec(sharded).tokens)
+    batch = Batch(*[jax.ShapeDtypeStruct(*kind, sharding=place) for kind in kinds])
+    state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                         states.abstract(sharded, optimizer), states.shardings(sharded, optimizer))
+    return sharded, make_step(sharded, optimizer), (state, batch)
+
+
+def trace(config: Config) -> Count:
+    """What one device does in one training step."""
+    sharded, step, args = make_program(config)
+    jaxpr = jax.make_jaxpr(step)(*args).jaxpr
+    jaxpr, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    arguments = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+                    for leaf, needed in zip(jax.tree.leaves(args), used, strict=True) if needed)
+    dots, sent = amounts(jaxpr, dict(sharded.mesh.shape.items()))
+    if config.mesh.zero1 and config.mesh.data > 1:  # new weights go to all who use them: outside the one-device program
+        for name, spec in states.trained(sharded, states.optimizer_specs(sharded)).items():
+            if spec != sharded.specs[name]:
+                sent["data"] += SENT["all_gather"](shard_bytes(sharded, name, spec), config.mesh.data)
+    return Count(dots, sent, peak(jaxpr, 0), arguments)
+
+
+def shard_bytes(sharded: Sharded, name: str, spec: Any, itemsize: int = 4) -> float:
+    """Of this device's part of a weight placed so."""
+    return itemsize * math.prod(sharded.shapes[name]) / math.prod(
+        sharded.mesh.shape[axis] for axis in spec if axis is not None)
+
+
+def inside(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(each, (core.Jaxpr, core.ClosedJaxpr)):
+                yield getattr(each, "jaxpr", each)
+
+
+def amounts(jaxpr: core.Jaxpr, sizes: dict[str, int]) -> tuple[Counter, Counter]:
+    """Matmuls and bytes sent, loops as often as they run."""
+    dots, sent = Counter(), Counter()
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            each = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            flops = 2 * math.prod(each[2].shape) * math.prod(each[0].shape[dim] for dim in contracted)
+            dots[flops, sum(map(nbytes, each))] += 1
+        elif name in VERBS:
+            named = params.get("axes", params.get("axis_name"))
+            axes = tuple(axis for axis in ([named] if isinstance(named, str) else named) if sizes[axis] > 1)
+            size = sum(nbytes(v.aval) for v in eqn.invars)
+            sent["+".join(axes)] += SENT[VERBS[name]](size, math.prod(sizes[axis] for axis in axes))
+        parts = [amounts(each, sizes) for each in inside(params)]
+        if name == "cond":
+            dearest = max((some for some, _ in parts), key=flops_of)
+            parts = [(dearest, functools.reduce(operator.or_, (moves for _, moves in parts)))]
+        for more, moves in parts:
+            for total, found in ((dots, more), (sent, moves)):
+                for key, value in found.items():
+                    total[key] += value * params.get("length", 1) if name == "scan" else value
+    return dots, Counter({axes: value for axes, value in sent.items() if axes})
+
+
+def nbytes(kind: Any) -> int:
+    return math.prod(kind.shape) * getattr(kind.dtype, "itemsize", 0) if hasattr(kind, "shape") else 0
+
+
+def flat(jaxpr: core.Jaxpr, local: bool) -> tuple[list[Equation], list[Any]]:
+    """The equations of a jaxpr with what it calls put in its place, and its results; loops stay as they are."""
+    found: list[Equation] = []
+
+    def go(jaxpr: core.Jaxpr, known: dict[Any, Any], local: bool) -> list[Any]:
+        def get(v: Any) -> Any:
+            return None if isinstance(v, core.Literal) else known.get(v, v)
+
+        for eqn in jaxpr.eqns:
+            name, reads = eqn.primitive.name, [get(v) for v in eqn.invars]
+            called = [] if name in LOOPS else list(inside(eqn.params))
+            if called:
+                makes = go(called[0], dict(zip(called[0].invars, reads, strict=False)), local or name == "shard_map")
+            else:
+                makes, kinds = [object() for _ in eqn.outvars], [v.aval for v in eqn.outvars]
+                params = eqn.params | carried(eqn) if name == "scan" else eqn.params
+                found.append(Equation(name, params, reads, makes, kinds, local))
+            known.update(zip(eqn.outvars, makes, strict=True))
+        return [get(v) for v in jaxpr.outvars]
+
+    return found, go(jaxpr, {}, local)
+
+
+def carried(eqn: Any) -> dict[str, int]:
+    """How many inputs of a scan are constant, and how many it carries: what it scans has one more dimension outside."""
+    body = next(inside(eqn.params))
+    carry, stacked = (sum((a.aval.ndim == b.aval.ndim) is same for a, b in zip(outer, inner, strict=True))
+                      for outer, inner, same in ((eqn.outvars, body.outvars, True), (eqn.invars, body.invars, False)))
+    return {"num_consts": len(eqn.invars) - stacked - carry, "num_carry": carry}
+
+
+def peak(jaxpr: core.Jaxpr, depth: int) -> int:
+    """Bytes at the worst moment of what is made inside: results count, but for those of the whole step, which are
+    written over its arguments.
+    """
+    equations, results = flat(jaxpr, depth > 0)
+    results = {v for v in results if v is not None}
+    readers = defaultdict(list)
+    for at, eqn in enumerate(equations):
+        for v in eqn.reads:
+            readers[v].append(at)
+
+    def stored(v: Any) -> bool:
+        """Whether some reader needs it in memory."""
+        return v in results or any(equations[at].name in STORED or (equations[at].name in SAME and any(
+            map(stored, equations[at].makes))) for at in readers[v])
+
+    homes: dict[Any, frozenset] = defaultdict(frozenset)  # variable -> what is in memory of which it is made
+    size, last = {}, {}  # of what is in memory: bytes, last reader
+    for at, eqn in enumerate(equations):
+        sources = frozenset().union(*(homes[v] for v in eqn.reads if v is not None))
+        for number, (v, kind) in enumerate(zip(eqn.makes, eqn.kinds, strict=True)):
+            whole = eqn.name in STORED or (eqn.name not in SAME and stored(v))
+            if not (whole and eqn.local) or (depth == 0 and v in results):
+                homes[v] = sources
+                continue
+            over = overwritten(eqn, number, homes)
+            ends = over is not None and size[over] >= nbytes(kind) and not any(
+                over in homes[w] and (w in results or max(readers[w], default=0) > at) for w in list(homes))
+            homes[v] = frozenset([over if ends else v])
+            size.setdefault(over if ends else v, nbytes(kind))
+    for v in homes:
+        for home in homes[v]:
+            last[home] = max(last.get(home, 0), len(equations) if v in results else max(readers[v], default=0))
+    first = {}
+    for at, eqn in enumerate(equations):
+        for v in eqn.makes:
+            for home in homes[v]:
+                first.setdefault(home, at)
+    alive, ending, best = 0, defaultdict(int), 0
+    starting = defaultdict(int)
+    for home, begin in first.items():
+        starting[begin] += size[home]
+        ending[last[home]] += size[home]
+    for at, eqn in enumerate(equations):
+        alive += starting[at]
+        within = [peak(each, depth + 1) - sum(nbytes(v.aval) for v in reused(each, eqn)) for each in inside(eqn.params)]
+        best = max(best, alive + max(within, default=0))
+        alive -= ending[at]
+    return best
+
+
+def overwritten(eqn: Equation, number: int, homes: dict[Any, frozenset]) -> Any:
+    """What result `number` of an equation can be written over, if nobody reads that later."""
+    if eqn.name == "scan" and number < eqn.params["num_carry"]:
+        source = eqn.reads[eqn.params["num_consts"] + number]
+    elif eqn.name in IN_PLACE:
+        source = eqn.reads[number if eqn.name in VERBS else 0]
+    else:
+        return None
+    return next(iter(homes[source])) if source is not None and len(homes[source]) == 1 else None
+
+
+def reused(body: core.Jaxpr, eqn: Equation) -> list[Any]:
+    """The results of a loop's body or of a branch that lie where the loop or condition has its own.  What a condition
+    inside a loop makes is not written over what is carried, as either branch may read that.
+    """
+    fresh = {id(v) for each in body.eqns if each.primitive.name == "cond" for v in each.outvars}
+    results = body.outvars[:eqn.params.get("num_carry")]
+    return results if eqn.name == "cond" else [v for v in results if id(v) not in fresh]
