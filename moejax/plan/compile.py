@@ -85,10 +85,13 @@ def describe(topology: str) -> list[Any]:
                            f"as h200:8; got {topology!r}"])
     if name in GPUS:
         need("jax_plugins.xla_cuda13", "aot-gpu", "jax-cuda13-plugin and jax-cuda13-pjrt")
+        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of libraries that only running needs
+        jax.config.update("jax_platforms", "cpu")
         return topologies.get_topology_desc("", platform="cuda", target_config=target(name),
                                             topology=f"1x{-(-numbers[0] // 8)}x{min(numbers[0], 8)}").devices
     need("libtpu", "tpu", "libtpu")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1"}
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    jax.config.update("jax_platforms", "cpu")
     try:
         return topologies.get_topology_desc(topology_name=topology.lower(), platform="tpu").devices
     except (RuntimeError, ValueError) as error:
@@ -161,7 +164,10 @@ class Program:
         if each.kind == "conditional":
             return max(flops for flops, _ in called), functools.reduce(operator.or_, (sent for _, sent in called))
         if each.kind == "while":
-            times = int((re.search(r'known_trip_count[^0-9]*"(\d+)"', each.rest) or [0, 1])[1])
+            known = re.search(r'known_trip_count[^0-9]*"(\d+)"', each.rest)
+            ends = self.parts[re.search(r"condition=%?([\w.\-]+)", each.rest)[1]].values()
+            numbers = [end.rest.split(")")[0] for end in ends if end.kind == "constant"]  # it counts up to one of these
+            times = int(known[1]) if known else max((int(each) for each in numbers if each.isdigit()), default=1)
             return called[0][0] * times, Counter({axes: x * times for axes, x in called[0][1].items()})
         operands = [around[name] for name in re.findall(r"%?([\w.\-]+)", each.rest.split(")")[0]) if name in around]
         if (kind := KINDS.get(each.kind.removesuffix("-start"))) and operands:
