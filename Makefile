@@ -44,6 +44,7 @@ bench: $(VENV)/ready
 	$(RUN)/python tests/bench/checkpoint.py
 	$(RUN)/python tests/bench/published.py
 	$(RUN)/python tests/bench/vision.py
+	$(RUN)/python tests/bench/layouts.py
 
 bench-peer: $(VENV)/ready
 	$(RUN)/python tests/bench/peers.py

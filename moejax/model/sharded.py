@@ -23,7 +23,7 @@ from moejax.parallel import axes, collectives
 class Sharded:
     """One config's model on one mesh.  Weights are a flat dict, name -> array, placed by `shardings`."""
 
-    def __init__(self, config: configs.Config, mesh: jax.sharding.Mesh):
+    def __init__(self, config: configs.Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh):
         self.config, self.mesh = config, mesh
         self.module = transformer.abstract(config.model)
         variables = weights.flatten(self.module)

@@ -83,15 +83,14 @@ def add(text: str, table: dict[str, Device]) -> Device:
     values, numbers = dict(part.partition("=")[::2] for part in parts), [field.name for field in fields(Device)[2:-1]]
     like = table.get(values.pop("like", ""))
     try:
-        given = {key: float(value) for key, value in values.items()}
+        given = {key: (int if key == "domain" else float)(value) for key, value in values.items()}
         if not name or set(given) - set(numbers) or not all(value > 0 for value in given.values()):
             raise ValueError
         base = like or Device("", "", **{key: given[key] for key in numbers if key != "price"})
     except (ValueError, KeyError):
         raise ConfigError([f"hardware names a device and its numbers above 0 ({', '.join(numbers)}), or the one that "
                            f"it is like, as in 'mine like=H100 price=1.9'; got {text!r}"]) from None
-    return replace(base, name=name, **given | ({"domain": int(given["domain"])} if "domain" in given else {}),
-                   dated="" if "price" in given else base.dated)
+    return replace(base, name=name, **given, **({"dated": ""} if "price" in given else {}))
 
 
 def measured() -> Device:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 
 from moejax import config as configs
 from moejax.parallel import hardware, processes
@@ -68,7 +69,9 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
             f"the mesh axes must multiply to the number of devices; got {product} = {mesh.devices()} and "
             f"{len(devices)} {devices[0].platform} devices; change an axis, or set mesh.fake_devices={mesh.devices()}"])
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    # An axis may take a part of one of a TPU's own dimensions: meshes as 8 × 32 on 8 × 8 × 4 need it.
+    placed = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=kinds)
 
 
 def peak_flops(device: jax.Device) -> float:

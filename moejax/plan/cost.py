@@ -50,11 +50,12 @@ def chinchilla(active: float, tokens: float) -> dict[str, float]:
 
 
 def cache_per_token(config: Config, tensor: int = 1, itemsize: int = 2) -> float:
-    """Bytes of keys and values that a token leaves on a device, which holds every KV head it needs."""
+    """Bytes of keys and values that a token leaves on a device, which holds every KV head it needs; of latent attention
+    too they are kept as attention reads them (model/cache.py).
+    """
     model = config.model
-    if model.latent:
-        return model.layers * (model.latent[1] + model.latent[2]) * itemsize
-    return model.layers * 2 * max(model.kv_heads / tensor, 1) * model.head_dim * itemsize
+    sizes = model.head_dim + (model.latent[3] if model.latent else model.head_dim)
+    return model.layers * max(model.kv_heads / tensor, 1) * sizes * itemsize
 
 
 def touched(experts: int, active: int, tokens: float) -> float:
