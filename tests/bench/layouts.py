@@ -1,5 +1,5 @@
-"""Does the plan rank layouts as they run?  Twelve small ones on 8 fake devices: predicted and measured seconds of a step,
-and the rank correlation (Spearman) of the two.  Fake devices share the cores: what one leaves idle, another uses.
+"""Does the plan rank layouts as they run?  Twelve small ones on 8 fake devices: predicted and measured seconds of a
+step, and the rank correlation (Spearman) of the two.  Fake devices share the cores: what one leaves idle, another uses.
 """
 
 import json
