@@ -116,16 +116,16 @@ def text(found: dict[str, Any]) -> str:
                              f"{si(found['flops']['train_per_token'])} in training"),
         ("devices", f"{found['devices']:,} × {found['device']}" + (f", {idle:,} of {found['asked']:,} left over" if idle
                                                               else "")),
-        ("memory of a device", " + ".join(f"{part} {size / 1e9:,.2f}" for part, size in parts.items())
-         + f" = {sum(parts.values()) / 1e9:,.2f} GB of {memory['device_bytes'] / 1e9:,.0f}"
+        ("memory of a device", " + ".join(f"{part} {si(size)}B" for part, size in parts.items())
+         + f" = {si(sum(parts.values()))}B of {si(memory['device_bytes'])}B"
          + ("" if found["fits"] else "  DOES NOT FIT")),
-        ("activations by remat", ", ".join(f"{remat} {size / 1e9:,.2f} GB" for remat, size in
+        ("activations by remat", ", ".join(f"{remat} {si(size)}B" for remat, size in
                                            memory["activations_by_remat"].items())),
-        ("KV cache", f"{memory['cache_bytes_per_device'] / 1e9:,.3f} GB of a device, for a batch in bfloat16"),
-        ("sent in a step", ", ".join(f"{name} {size / 1e9:,.3f} GB" for name, size in comm.items()) or "nothing"),
+        ("KV cache", f"{si(memory['cache_bytes_per_device'])}B of a device, for a batch in bfloat16"),
+        ("sent in a step", ", ".join(f"{name} {si(size)}B" for name, size in comm.items()) or "nothing"),
         ("bubble", f"{found['bubble']:.1%}"),
-        ("step", f"{found['step_tokens']:,} tokens in {found['step_seconds']:,.3f} s, of which "
-                 f"{found['comm']['seconds']:,.3f} s communication; MFU {found['mfu']:.1%}"
+        ("step", f"{found['step_tokens']:,} tokens in {found['step_seconds']:,.3g} s, of which "
+                 f"{found['comm']['seconds']:,.3g} s communication; MFU {found['mfu']:.1%}"
                  + (" (roofline: no machine is faster)" if found["mfu"] == found["roofline_mfu"] else "")),
         ("training", f"{si(found['tokens'])} tokens, {found['flops']['train_total']:.3g} FLOP: {found['days']:,.1f} "
                      f"days, {found['device_hours']:,.0f} device hours, " + dollars(found)),

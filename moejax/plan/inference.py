@@ -64,12 +64,12 @@ def draw(found: dict[str, Any], device: Device, path: Path) -> None:
                                    ("#93b3f6", "#2563eb", "#0b2f8a"), strict=False):
             mine = [row for row in found["rows"] if row["devices"] == devices]
             trade.plot([row["seconds"] * 1e3 for row in mine], [row["tokens_per_s"] / devices for row in mine], "o-",
-                       color=colour, markersize=4, label=f"{devices} × {device.name}")
+                       color=colour, markersize=4, label=f"{devices}")
         trade.plot([row["dense_seconds"] * 1e3 for row in mine], [row["dense_tokens_per_s"] / devices for row in mine],
-                   "--", color="#d9480f", label=f"dense, same active parameters, {devices}")
+                   "--", color="#d9480f", label=f"{devices}, dense")
         trade.set(xscale="log", yscale="log", xlabel="milliseconds a token of a sequence",
-                  ylabel="tokens a second and device", title=f"Decoding at {found['context']:,} tokens of context, "
-                  f"batches of {BATCHES[0]} to {BATCHES[-1]:,}")
+                  ylabel="tokens a second and device",
+                  title=f"Decoding at {found['context']:,} tokens; a dot per batch")
         experts.plot(BATCHES, [row["experts"] for row in mine], "o-", color="#2563eb", markersize=4, label="expected")
         experts.plot(BATCHES, [row["worst_experts"] for row in mine], "--", color="#d9480f", label="worst")
         experts.set(xscale="log", xlabel="sequences in a batch", title="Experts of a layer that a step reads",
@@ -79,8 +79,9 @@ def draw(found: dict[str, Any], device: Device, path: Path) -> None:
                        markersize=4, label=f"{draft} guessed")
         guess.axhline(1, color="#7d8899", linewidth=1)
         guess.set(xlabel="probability that a guess is accepted", title="Speculative decoding, times as fast")
-        for axes in (trade, experts, guess):
-            axes.legend()
+        trade.legend(title=f"{device.name}s", loc=(0.1, 0.4))
+        experts.legend(loc="lower right")
+        guess.legend(loc="upper left")
         figure.savefig(path)
 
 
