@@ -20,7 +20,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from moejax.config import Config
-from moejax.data.batch import Batch
+from moejax.data.batch import Batch, Images
 from moejax.model.sharded import Sharded
 from moejax.parallel.axes import AXES
 from moejax.train import state as states
@@ -74,10 +74,16 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh | None = None) -> tup
                                 axis_types=(AxisType.Auto,) * len(AXES))
     sharded = Sharded(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
-    rows, tokens = (config.data.batch,), (config.data.batch, config.data.sequence)
-    kinds = ((tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32), (rows, jnp.int32))
-    place = NamedSharding(mesh, batch_spec(sharded).tokens)
-    batch = Batch(*[jax.ShapeDtypeStruct(*kind, sharding=place) for kind in kinds])
+    place, rows, seen = NamedSharding(mesh, batch_spec(sharded).tokens), config.data.batch, config.data.images
+
+    def kind(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+
+    tokens, images, told = config.data.sequence, None, config.model.encoder()
+    if seen:
+        pixels = kind(jnp.uint8, seen, config.model.looks().frames, told.size, told.size, 3)
+        images = Images(pixels, kind(jnp.int32, seen), kind(jnp.bool_, tokens, seen))
+    batch = Batch(kind(jnp.int32, tokens), kind(jnp.int32, tokens), kind(jnp.float32, tokens), kind(jnp.int32), images)
     state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                          states.abstract(sharded, optimizer), states.shardings(sharded, optimizer))
     return sharded, make_step(sharded, optimizer), (state, batch)

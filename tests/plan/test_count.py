@@ -23,6 +23,8 @@ LAYOUTS = {
     "zero bubble": ["mesh.pipeline=2", "mesh.expert=2", "mesh.schedule=zero_bubble", "train.microbatches=4"],
     "interleaved": ["mesh.pipeline=2", "mesh.chunks=2", "mesh.schedule=interleaved", "train.microbatches=4"],
     "zero 1": ["mesh.data=8", "mesh.zero1=true"],
+    "images": ["model.pattern=VM", "model.vision=clip size=14 patch=7 width=24 layers=2 heads=4 hidden=20",
+               "model.cross=last heads=2 head=8", "data.images=2", "mesh.data=2", "mesh.tensor=2"],
 }
 
 
