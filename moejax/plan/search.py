@@ -5,6 +5,7 @@ counts the winner exactly.
 """
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from moejax import config as configs
 from moejax.config import Config, ConfigError, Mesh
 from moejax.model.sharded import Sharded
 from moejax.parallel import hardware, schedules
-from moejax.parallel.axes import AXES, RULES, names
+from moejax.parallel.axes import AXES, BATCH, RULES, names
 from moejax.parallel.hardware import Device
 from moejax.plan import budget
 from moejax.plan.cost import speed
@@ -40,7 +41,7 @@ def search(config: Config, on: str, top: int = 10) -> dict[str, Any]:
     for mesh in meshes(config, count):
         case = replace(config, mesh=mesh, train=replace(config.train, microbatches=1))
         if problems := configs.check(case):
-            refused.update(reason(problem) for problem in problems[:1])
+            refused.update({problem.split(";")[0] for problem in problems})
             tried += 1
             continue
         share = config.data.batch // mesh.batch_shards()
@@ -61,10 +62,6 @@ def search(config: Config, on: str, top: int = 10) -> dict[str, Any]:
     found.sort(key=lambda one: (one["step_seconds"], one["memory_bytes"]))
     return {"layouts": found[:top], "tried": tried, "fit": len(found), "refused": dict(refused.most_common()),
             "device": device.name, "devices": count, "seconds": time.perf_counter() - begin}
-
-
-def reason(problem: str) -> str:
-    return problem.split(";")[0]
 
 
 def meshes(config: Config, count: int) -> Iterator[Mesh]:
@@ -123,15 +120,12 @@ class Judge:
         lengths = {axis: getattr(mesh, axis) for axis in AXES}
         state = gathered = swapped = 0.0
         for where, (size, moving) in self.kinds.items():
-            mine = size / parts(where, lengths)
+            mine = size / math.prod(lengths[axis] for axis in where)
             apart = mesh.data if mesh.zero1 else 1
             state += mine * (4 + (4 + self.moments) * moving / apart)
             if "fsdp" in where:
                 gathered += mine * mesh.fsdp * self.bytes
-            over = [axis for axis in ("data", "fsdp", "expert") if axis not in where and lengths[axis] > 1]
-            shares = 1
-            for axis in over:
-                shares *= lengths[axis]
+            shares = math.prod(lengths[axis] for axis in BATCH if axis not in where)
             swapped += 2 * (shares - 1) / shares * mine * 4 * moving
         tokens = data.batch * data.sequence / (mesh.batch_shards() * microbatches)  # of a microbatch on a device
         layers = model.layers / mesh.parts()  # of a part
@@ -149,7 +143,7 @@ class Judge:
         layer = tokens * model.d_model * self.bytes
         moes = model.layer_kinds().count("M") / max(model.layers, 1)
         seats = moe.active * (moe.capacity_factor or 1.0)
-        talk = {"tensor": (mesh.tensor - 1) / mesh.tensor * 2 * layer * passes / 2 * 2,
+        talk = {"tensor": 2 * (mesh.tensor - 1) / mesh.tensor * layer * passes,
                 "expert": (mesh.expert - 1) / mesh.expert * layer * seats * passes * moes,
                 "fsdp": (mesh.fsdp - 1) / mesh.fsdp * gathered * microbatches * 3,
                 "pipeline": 2 * row * (microbatches * mesh.chunks + mesh.parts()) * (mesh.pipeline > 1),
@@ -157,13 +151,11 @@ class Judge:
         exchange = sum(size / speed(axis, lengths, device) for axis, size in talk.items() if lengths[axis] > 1 or (
             axis == "data" and size))
         seconds = compute + exchange
-        values = {**{f"mesh.{axis}": size for axis, size in lengths.items()}, "mesh.schedule": mesh.schedule,
-                  "mesh.chunks": mesh.chunks, "mesh.zero1": mesh.zero1, "mesh.sequence": mesh.sequence,
-                  "train.microbatches": microbatches, "train.remat": remat}
-        plain = {"mesh.schedule": "1f1b", "mesh.chunks": 1, "mesh.zero1": False, "mesh.sequence": False} | {
-            f"mesh.{axis}": 1 for axis in AXES}
-        return {"overrides": [f"{key}={str(value).lower()}" for key, value in values.items()
-                              if plain.get(key) != value or getattr(self.config.mesh, key[5:], value) != value],
+        mine, usual = self.config.mesh, Mesh()
+        changed = [f"mesh.{name}={str(getattr(mesh, name)).lower()}" for name in (
+            *AXES, "schedule", "chunks", "zero1", "sequence")
+            if {getattr(mesh, name)} != {getattr(mine, name), getattr(usual, name)}]
+        return {"overrides": [*changed, f"train.microbatches={microbatches}", f"train.remat={remat}"],
                 "step_seconds": seconds, "mfu": self.useful / (self.count * peak * seconds),
                 "memory_bytes": state + kept, "bubble": bubble / (microbatches + bubble)}
 
@@ -174,23 +166,12 @@ def kinds(sharded: Sharded) -> dict[tuple[str, ...], tuple[int, float]]:
     moving: Counter = Counter()
     learns = trained(sharded, sharded.axes)
     for name, text in sharded.axes.items():
-        shape, where = sharded.shapes[name], []
-        for axis, size in zip(names(text), shape, strict=True):
-            if RULES[axis] and not (axis == "kv" and size == 1):
-                where.append(RULES[axis])
-        count = 1
-        for size in shape:
-            count *= size
-        sizes[tuple(where)] += count
-        moving[tuple(where)] += count * (name in learns)
+        shape = sharded.shapes[name]
+        where = tuple(RULES[axis] for axis, size in zip(names(text), shape, strict=True)
+                      if RULES[axis] and (axis != "kv" or size > 1))
+        sizes[where] += math.prod(shape)
+        moving[where] += math.prod(shape) * (name in learns)
     return {where: (size, moving[where] / size) for where, size in sizes.items()}
-
-
-def parts(where: tuple[str, ...], lengths: dict[str, int]) -> int:
-    product = 1
-    for axis in where:
-        product *= lengths[axis]
-    return product
 
 
 def text(found: dict[str, Any]) -> str:

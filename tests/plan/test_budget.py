@@ -94,7 +94,7 @@ def test_layouts_that_are_found_can_be_trained_and_are_sorted():
     for one in found["layouts"]:
         config, problems = override(SMALL, one["overrides"])
         assert not problems and not check(config) and config.mesh.devices() == 16
-    assert found["fit"] + sum(found["refused"].values()) == found["tried"]
+    assert found["fit"] + sum(found["refused"].values()) >= found["tried"]  # some for more than one reason
     assert any("must divide model.heads" in why for why in found["refused"])
 
 
