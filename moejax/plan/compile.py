@@ -183,10 +183,11 @@ class Program:
 
     def axes(self, rest: str) -> tuple[str, int]:
         """Over which mesh axes a collective goes, and how many devices take part."""
-        if named := re.search(r"replica_groups=mesh\[[^]]*\] ?\{([^}]*)\}", rest):  # as newer compilers write it
-            inside = [axis for axis in self.mesh if f"'{axis}'" in named[1] and self.mesh[axis] > 1]
-            return "+".join(inside), int(np.prod([self.mesh[axis] for axis in inside]))
-        if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        if named := re.search(r"replica_groups=mesh\[([^]]*)\] ?\{([^}]*)\}", rest):  # its axes may have other names
+            lengths = re.findall(r"('[^']*')=(\d+)", named[1])
+            ids = np.arange(np.prod(list(self.mesh.values()))).reshape([int(length) for _, length in lengths])
+            group = ids[tuple(slice(None) if axis in named[2] else 0 for axis, _ in lengths)].ravel().tolist()
+        elif pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
             group = [int(pairs[1]), int(pairs[2])]
         elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
             group = [int(each) for each in listed[1].split(",")]
