@@ -256,13 +256,9 @@ def written(folder: Path, rule: str, source: Path) -> Iterator[None]:
 
     Raises ConfigError: it is not empty, or cannot be written.
     """
-    problem = f"{rule}; {folder} cannot be written"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError([f"{problem} ({error}); name another"]) from None
     must_be_empty(folder, rule)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name in convert.BESIDE:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -271,7 +267,7 @@ def written(folder: Path, rule: str, source: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise ConfigError([f"{problem} ({error}); make room, or name another"]) from None
+        raise ConfigError([f"{rule}; {folder} cannot be written ({error}); make room, or name another"]) from None
 
 
 def must_be_empty(folder: Path, rule: str) -> None:

@@ -16,21 +16,19 @@ Result = tuple[dict[str, Any], str | None]  # what --json prints, and what is pr
 
 def train(args: argparse.Namespace) -> Result:
     """Train a config, or go on with its run folder."""
-    config = load_config(args.config, args.overrides)
     for name in ("coordinator", "processes", "process"):
         if getattr(args, name) is not None:
             os.environ[f"MOEJAX_{name.upper()}"] = getattr(args, name)
     from moejax.train.loop import train
 
-    return {"run_dir": config.run_dir} | train(config), None
+    return {"run_dir": args.config.run_dir} | train(args.config), None
 
 
 def verify(args: argparse.Namespace) -> Result:
     """Prove that meshes, dispatchers and microbatches give the same numbers."""
-    config = load_config(args.config, args.overrides)
     from moejax.train.verify import verify
 
-    return verify(config, args.steps), None
+    return verify(args.config, args.steps), None
 
 
 def generate(args: argparse.Namespace) -> Result:
@@ -70,44 +68,36 @@ def export(args: argparse.Namespace) -> Result:
 
 def plan(args: argparse.Namespace) -> Result:
     """What a config costs: parameters, FLOPs, memory, traffic, time and price."""
-    config = load_config(args.config, args.overrides)
     if sum((args.schedule, args.leak, args.search, args.inference)) > 1:
         raise ConfigError(["moejax plan takes one of --schedule, --leak, --search and --inference at a time"])
     if args.schedule:
         from moejax.parallel import schedules
 
-        table = schedules.make(config)
+        table = schedules.make(args.config)
         text = f"{table.show(shutil.get_terminal_size((160, 24)).columns)}\n{schedules.describe(table)}"
         return {"schedule": table.name, "stages": table.stages, "microbatches": table.microbatches,
                 "chunks": table.chunks, "ticks": len(table.ticks), "bubble": table.bubble(),
                 "peak_inflight": table.peak_inflight()}, text
-    if args.leak:
-        from moejax.plan import leak
+    from moejax.plan import budget, inference, leak, search
 
-        found = leak.figures(config)
+    if args.leak:
+        found = leak.figures(args.config)
         return {"figures": [one._asdict() | {"residual": one.residual} for one in found]}, leak.text(found)
     if args.search:
-        from moejax.plan import search
-
-        result = search.search(config, args.on, args.top)
+        result = search.search(args.config, args.on, args.top)
         return result, search.text(result)
     if args.inference:
-        from moejax.plan import inference
-
-        result = inference.inference(config, args.on, Path(config.run_dir, "plan"))
+        result = inference.inference(args.config, args.on, Path(args.config.run_dir, "plan"))
         return result, inference.text(result)
-    from moejax.plan import budget
-
-    result = budget.plan(config, args.on, args.tokens, args.mfu)
+    result = budget.plan(args.config, args.on, args.tokens, args.mfu)
     return result, budget.text(result)
 
 
 def compile_(args: argparse.Namespace) -> Result:
     """Compile a config's training step for devices that need not be there, and hold the plan against it."""
-    config = load_config(args.config, args.overrides)
     from moejax.plan import compile
 
-    result = compile.compile_step(config, args.devices, args.topology)
+    result = compile.compile_step(args.config, args.devices, args.topology)
     return result, compile.text(result)
 
 
@@ -204,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = [*vars(args).get("overrides", ()), *rest]  # argparse gives up those after an option
     try:
+        if "config" in args:
+            args.config = load_config(args.config, args.overrides)
         result, text = args.function(args)
     except ConfigError as error:
         print(f"moejax {args.command}: {len(error.problems)} problem{'s' * (len(error.problems) > 1)}\n{error}",

@@ -280,7 +280,7 @@ def test_a_place_that_cannot_be_written(published, refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     for command in ("import", "export"):
         problem, = refused(command, FIXTURES / "llama", to="file/inside")
-        assert "file/inside cannot be written (" in problem and problem.endswith("; name another")
+        assert "file/inside cannot be written (" in problem and problem.endswith("; make room, or name another")
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
