@@ -416,8 +416,9 @@ def check(config: Config) -> list[str]:
             spelled(name, getattr(config.model, name))
         except ValueError as error:
             unread.append(str(error))
-    rules = [check_model, check_moe, check_mesh, check_pipeline]
-    rules += [check_attention, check_vision, check_divisions] * (not unread)
+            config = put(config, ["model", name], "")
+    rules = [check_model, check_attention, check_moe, check_divisions, check_mesh, check_pipeline]
+    rules += [check_vision] * (not unread)
     return [*check_ranges(fields), *unread, *(problem for rule in rules for problem in rule(config))]
 
 
@@ -447,8 +448,6 @@ def check_model(config: Config) -> Iterator[str]:
                f"small where attention has a window; got {model.pattern!r}")
     if model.window is None and set(model.layer_letters()) & set("mdvw"):
         yield f"small letters need model.window; got pattern {model.pattern!r} and no window; set it, or use capitals"
-    if not model.layers and not model.vision:
-        yield "model.layers must be above 0, but for an image encoder alone; got 0 and no model.vision"
     if model.head_dim % 2:
         yield f"model.head_dim must be even for the rotary embedding; got {model.head_dim}"
     if config.data.tokenizer == "bytes" and model.vocab < 257:
@@ -508,9 +507,11 @@ def check_moe(config: Config) -> Iterator[str]:
 
 
 def check_vision(config: Config) -> Iterator[str]:
-    """The encoder, how text looks at images, and what is trained of it."""
+    """The encoder, how text looks at images, and what is trained of it; not where a text could not be read."""
     model, images = config.model, config.data.images
     told, look, crossed = model.encoder(), model.looks(), sorted(set(model.layer_letters()) & set(CROSSED))
+    if not model.layers and not told:
+        yield "model.layers must be above 0, but for an image encoder alone; got 0 and no model.vision"
     if told and told.width % told.heads:
         yield f"model.vision has heads that divide its width; got heads={told.heads} and width={told.width}"
     if told and told.patch > told.size:
@@ -540,9 +541,8 @@ def check_divisions(config: Config) -> Iterator[str]:
                     ("model.moe.experts", moe.experts, "mesh.expert model.moe.expert_groups"),
                     ("data.sequence", data.sequence, "model.moe.group")]
     if told:
-        divided += [("heads= of model.vision", told.heads, "mesh.tensor"),
-                    ("width= of model.vision", told.width, "mesh.fsdp"),
-                    ("hidden= of model.vision", told.hidden, "mesh.tensor")]
+        divided += [(f"{name}= of model.vision", getattr(told, name), path) for name, path in (
+            ("heads", "mesh.tensor"), ("width", "mesh.fsdp"), ("hidden", "mesh.tensor"))]
     if told and look and look.latents:
         divided += [("heads= of model.cross", look.heads, "mesh.tensor"),
                     ("4 × width= of model.vision", 4 * told.width, "mesh.tensor")]

@@ -301,6 +301,14 @@ def test_a_text_has_a_kind_and_what_belongs_to_it(text: str, message: str):
     assert problem(f"model.rope_scaling={text}") == f"model.rope_scaling{message}"
 
 
+def test_a_text_that_cannot_be_read_hides_nothing_else():
+    assert problems("model.vision=vit", "model.pattern=V", "model.layers=0", "model.kv_heads=3", "data.batch=0") == [
+        "data.batch must be above 0; got 0; set it to 1 or more",
+        "model.vision is empty or begins with clip, siglip; got 'vit'",
+        "model.kv_heads must divide model.heads; got 3 and 8; set model.kv_heads to one of [1, 2, 4, 8], "
+        "or model.heads=9"]
+
+
 @pytest.mark.parametrize("text, name, value", [
     ("linear factor=two", "factor", "two"), ("linear factor", "factor", ""), ("linear factor=nan", "factor", "nan"),
     ("dynamic factor=2 original=inf", "original", "inf"), ("linear factor=0", "factor", "0"),
