@@ -109,7 +109,7 @@ class Model:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: str = ""  # as the next two texts in TEXTS
+    rope_scaling: str = ""  # "linear factor=2"; what this, vision and cross can say stands in TEXTS
     window: int | None = None  # tokens that a layer m or d looks at, itself included
     latent: tuple[int, ...] = ()  # latent attention: ranks of queries (0: none) and keys, turned part, value size
     qk_norm: Literal["none", "head", "all"] = "none"  # of queries and keys, each head for itself or all together
@@ -119,8 +119,8 @@ class Model:
     multipliers: tuple[float, ...] = ()  # of embeddings, of what layers add, of attention scores (0: usual), of logits
     vocab: int = 264
     tied: bool = False
-    vision: str = ""  # the image encoder
-    cross: str = ""  # how text looks at images
+    vision: str = ""  # the image encoder: "clip size=224 patch=14 width=1024 layers=24 heads=16 hidden=4096"
+    cross: str = ""  # how text looks at images: "last latents=64 depth=6 heads=16 head=96"
     moe: MoE = field(default_factory=MoE)
 
     def layer_letters(self) -> str:
