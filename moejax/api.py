@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Integer, Num
 
 from moejax import config as configs
-from moejax.config import Config, ConfigError, Data
+from moejax.config import Config, ConfigError, Data, require
 from moejax.data.batch import Images
 from moejax.data.images import read_images
 from moejax.data.tokenizer import IMAGE, TOKENIZER_FILE, ByteTokenizer, FileTokenizer, open_tokenizer
@@ -65,24 +65,20 @@ class Model:
         Raises ConfigError: a prompt has not one <image> for every image, a file is no image, or the model sees nothing.
         """
         model, images = self.config.model, [*images, *[()] * (len(prompts) - len(images))]
-        if any(images) and not model.cross:
-            raise ConfigError([f"images are for a model that sees; model.vision is {model.vision!r} and "
-                               f"model.cross {model.cross!r}; leave the images out"])
+        require({f"images are for a model that sees; model.vision is {model.vision!r} and model.cross {model.cross!r}; "
+                 "leave the images out": model.cross or not any(images)})
         if not model.cross:
             return None
         places = [[at for at, each in enumerate(ids) if each == self.tokenizer.image] for ids in prompts]
-        problems = [f"a prompt has an {IMAGE} for every image; prompt {i} has {len(at)} and {len(given)} image"
-                    f"{'s were' if len(given) != 1 else ' was'} given; write {IMAGE} where an image belongs, or give "
-                    "more" for i, (at, given) in enumerate(zip(places, images, strict=True)) if len(at) != len(given)]
-        if problems:
-            raise ConfigError(problems)
-        most = max(map(len, images))
+        require({f"a prompt has an {IMAGE} for every image; prompt {i} has {len(at)} for {len(given)}; write {IMAGE} "
+                 "where an image belongs, or give more": len(at) == len(given)
+                 for i, (at, given) in enumerate(zip(places, images, strict=True))})
+        most, length = max(map(len, images)), max(map(len, prompts))
         if not most:
             return None
         told, rules = model.encoder(), model.looks()
         names = [each for given in images for each in given if not isinstance(each, np.ndarray)]
         files = iter(read_images(names, told.size, told.fit, rules.frames, self.config.data.rate))
-        length = max(map(len, prompts))
         pixels = np.zeros((len(prompts), most, rules.frames, told.size, told.size, 3), np.uint8)
         frames, looks = np.zeros((len(prompts), most), np.int32), np.zeros((len(prompts), length, most), bool)
         for row, (given, at) in enumerate(zip(images, places, strict=True)):
@@ -98,19 +94,13 @@ class Model:
 
         Raises ConfigError: B is not a multiple of the mesh's batch shards, or T none of the routing group.
         """
-        shards, group, problems = self.config.mesh.batch_shards(), self.config.model.moe.group, []
-        if not self.config.model.layers:
-            raise ConfigError(["tokens are for a model with layers; this is an image encoder alone; use see"])
-        if images is not None and not self.config.model.cross:
-            problems.append("images are for a model that sees; model.cross is empty; leave them out")
-        if len(tokens) % shards:
-            problems.append(f"the number of sequences must be a multiple of the mesh's batch shards; got "
-                            f"{len(tokens)} and {shards}; pad the batch, or load with mesh.data=1")
-        if group is not None and tokens.shape[1] > group and tokens.shape[1] % group:
-            problems.append(f"the number of tokens must be a multiple of model.moe.group, or below it; got "
-                            f"{tokens.shape[1]} and {group}; pad the sequences")
-        if problems:
-            raise ConfigError(problems)
+        model, length, group = self.config.model, tokens.shape[1], self.config.model.moe.group or 1
+        require({
+            "tokens are for a model with layers; this is an image encoder alone; use see": model.layers,
+            "images are for a model that sees; model.cross is empty; leave them out": images is None or model.cross,
+            **self.shared_out("sequences", tokens),
+            f"the number of tokens must be a multiple of model.moe.group, or below it; got {length} and {group}; pad "
+            "the sequences": length < group or length % group == 0})
         return self.sharded.forward(self.weights, *on_mesh(self.sharded.mesh, (np.asarray(tokens, np.int32), images)))
 
     def see(self, pixels: Num[np.ndarray | Array, "N S S 3"]) -> Features:
@@ -119,18 +109,18 @@ class Model:
         `pixels` are uint8, or floats that are normalised already, of the size that model.vision says.  Raises
         ConfigError: there is no encoder, the images have another size, or N is not a multiple of the batch shards.
         """
-        told, shards, problems = self.config.model.encoder(), self.config.mesh.batch_shards(), []
-        if told is None:
-            raise ConfigError(["images are for a model that sees; model.vision is empty"])
-        if tuple(pixels.shape[1:]) != (told.size, told.size, 3):
-            problems.append(f"images have shape {(told.size, told.size, 3)} as model.vision says; got "
-                            f"{tuple(pixels.shape[1:])}; resize them")
-        if len(pixels) % shards:
-            problems.append(f"the number of images must be a multiple of the mesh's batch shards; got {len(pixels)} "
-                            f"and {shards}; pad them, or load with mesh.data=1")
-        if problems:
-            raise ConfigError(problems)
+        told = self.config.model.encoder()
+        require({"images are for a model that sees; model.vision is empty": told})
+        shape, found = (told.size, told.size, 3), tuple(pixels.shape[1:])
+        require({f"images have shape {shape} as model.vision says; got {found}; resize them": shape == found,
+                 **self.shared_out("images", pixels)})
         return self.features(self.weights, on_mesh(self.sharded.mesh, np.asarray(pixels)))
+
+    def shared_out(self, what: str, rows: Any) -> dict[str, bool]:
+        """The rule that every batch shard has as many rows."""
+        count, shards = len(rows), self.config.mesh.batch_shards()
+        return {f"the number of {what} must be a multiple of the mesh's batch shards; got {count} and {shards}; pad "
+                "them, or load with mesh.data=1": count % shards == 0}
 
     @cached_property
     def features(self) -> Any:
@@ -155,19 +145,14 @@ def load(folder: str | Path, overrides: Sequence[str] = ()) -> Model:
     """
     folder = Path(folder)
     path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError([f"a run folder holds a config.json; {folder} has none; train it first"])
+    require({f"a run folder holds a config.json; {folder} has none; train it first": path.is_file()})
     if "model_type" in convert.read_json(path):
-        _, sharded, weights, _ = read_published(folder, folder, overrides)
-        return Model(sharded, weights, folder)
+        return read_published(folder, folder, overrides)[0]
     there = configs.from_json(path.read_text())
     there = replace(there, train=replace(there.train, freeze=()))  # nothing is trained here
-    config, problems = configs.override(there, overrides)
-    problems += configs.check(config)
-    if problems:
-        raise ConfigError(problems)
-    sharded = unstaged(config)
-    weights = restore_weights(folder, sharded) if config.model == there.model else adopt(folder, there, sharded)
+    sharded = unstaged(configs.checked(there, overrides))
+    same = sharded.config.model == there.model
+    weights = restore_weights(folder, sharded) if same else adopt(folder, there, sharded)
     if missing := [name for name in sharded.shapes if name not in weights]:
         raise ConfigError([f"a run is loaded as a model whose weights it has; {folder} lacks {len(missing)}, "
                            f"first {missing[0]}; undo an override, or train with train.init={folder}"])
@@ -184,24 +169,19 @@ def unstaged(config: Config) -> Sharded:
     return Sharded(replace(config, mesh=mesh), meshes.make_mesh(mesh, jax.devices()[: mesh.devices()]))
 
 
-def read_published(folder: Path, run_dir: Path, overrides: Sequence[str]
-                   ) -> tuple[Config, Sharded, dict[str, Array], convert.Checkpoint]:
-    checkpoint = convert.Checkpoint(folder)
-    own = folder / TOKENIZER_FILE
-    data = Data(sequence=min(checkpoint.config.get("max_position_embeddings") or 2048, 2048), batch=1,
-                tokenizer=str(own) if own.is_file() else "")
-    config = Config(name=run_dir.name, run_dir=str(run_dir), model=checkpoint.model, data=data)
-    config, problems = configs.override(config, overrides)
-    if "data.batch" not in (text.partition("=")[0] for text in overrides):
-        config = replace(config, data=replace(config.data, batch=config.mesh.batch_shards()))
-    problems += configs.check(config)
-    if problems:
-        raise ConfigError(problems)
+def read_published(folder: Path, run_dir: Path, overrides: Sequence[str]) -> tuple[Model, Config, convert.Checkpoint]:
+    """A Hugging Face checkpoint: the model, and the config of a run that begins with it, which may have a pipeline."""
+    checkpoint, own = convert.Checkpoint(folder), folder / TOKENIZER_FILE
+    config = Config(name=run_dir.name, run_dir=str(run_dir), model=checkpoint.model, data=Data(
+        sequence=min(checkpoint.config.get("max_position_embeddings") or 2048, 2048),
+        tokenizer=str(own) if own.is_file() else ""))
+    batch = configs.override(config, overrides)[0].mesh.batch_shards()
+    config = configs.checked(replace(config, data=replace(config.data, batch=batch)), overrides)
     sharded = unstaged(config)
     weights, left = checkpoint.weights(sharded)
     if left:
         tell(f"{len(left)} tensors of {folder} are no part of the model and were left out, first {left[0]}")
-    return config, sharded, weights, checkpoint
+    return Model(sharded, weights, folder), config, checkpoint
 
 
 def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -212,23 +192,22 @@ def import_folder(folder: str | Path, run_dir: str | Path, overrides: Sequence[s
     """
     folder, run_dir = Path(folder), Path(run_dir)
     must_be_empty(run_dir, IMPORT)
-    if not folder.is_dir():
-        raise ConfigError([f"a Hugging Face checkpoint is a folder; {folder} is none"])
-    config, sharded, weights, checkpoint = read_published(folder, run_dir, overrides)
-    if config.run_dir != str(run_dir):
-        raise ConfigError([f"the run folder of an import is named once; got {run_dir} and run_dir="
-                           f"{config.run_dir}; leave run_dir out"])
+    require({f"a Hugging Face checkpoint is a folder; {folder} is none": folder.is_dir()})
+    model, config, checkpoint = read_published(folder, run_dir, overrides)
     kept = folder_of(config.checkpoint, run_dir)
-    if kept.exists() and any(kept.iterdir()):
-        raise ConfigError([f"an import writes the first checkpoint of a run; {kept} holds some already; set "
-                           "checkpoint.folder to another"])
+    require({
+        f"the run folder of an import is named once; got {run_dir} and run_dir={config.run_dir}; leave run_dir out":
+            config.run_dir == str(run_dir),
+        f"an import writes the first checkpoint of a run; {kept} holds some already; set checkpoint.folder to another":
+            not kept.exists() or not any(kept.iterdir())})
     with written(run_dir, IMPORT, folder):
-        write_weights(config, weights)
+        write_weights(config, model.weights)
         if config.data.tokenizer == str(folder / TOKENIZER_FILE):
             config = replace(config, data=replace(config.data, tokenizer=str(run_dir / TOKENIZER_FILE)))
         (run_dir / convert.ORIGIN).write_text(json.dumps(checkpoint.origin()))
         (run_dir / "config.json").write_text(configs.to_json(config))  # last: it makes a run of the folder
-    return {"run_dir": str(run_dir), "family": checkpoint.config["model_type"], "parameters": sharded.parameters()[0]}
+    return {"run_dir": str(run_dir), "family": checkpoint.config["model_type"],
+            "parameters": model.sharded.parameters()[0]}
 
 
 def export_run(run_dir: str | Path, folder: str | Path, dtype: str | None = None, overrides: Sequence[str] = ()
@@ -242,8 +221,7 @@ def export_run(run_dir: str | Path, folder: str | Path, dtype: str | None = None
     """
     run_dir, folder = Path(run_dir), Path(folder)
     kinds = {str(kind): name for name, kind in safetensors.DTYPES.items()}
-    if dtype is not None and dtype not in kinds:
-        raise ConfigError([f"an export is {', '.join(kinds)}; got dtype {dtype!r}"])
+    require({f"an export is {', '.join(kinds)}; got dtype {dtype!r}": dtype is None or dtype in kinds})
     must_be_empty(folder, EXPORT)
     model = load(run_dir, overrides)
     published, dtypes = origin(run_dir, model.config.model)
@@ -278,13 +256,9 @@ def written(folder: Path, rule: str, source: Path) -> Iterator[None]:
 
     Raises ConfigError: it is not empty, or cannot be written.
     """
-    problem = f"{rule}; {folder} cannot be written"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError([f"{problem} ({error}); name another"]) from None
     must_be_empty(folder, rule)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for name in convert.BESIDE:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -293,7 +267,7 @@ def written(folder: Path, rule: str, source: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise ConfigError([f"{problem} ({error}); make room, or name another"]) from None
+        raise ConfigError([f"{rule}; {folder} cannot be written ({error}); make room, or name another"]) from None
 
 
 def must_be_empty(folder: Path, rule: str) -> None:

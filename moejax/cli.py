@@ -11,28 +11,27 @@ from typing import Any
 
 from moejax.config import ConfigError, load_config
 
+Result = tuple[dict[str, Any], str | None]  # what --json prints, and what is printed without it
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
+
+def train(args: argparse.Namespace) -> Result:
     """Train a config, or go on with its run folder."""
-    config = load_config(args.config, args.overrides)
     for name in ("coordinator", "processes", "process"):
         if getattr(args, name) is not None:
             os.environ[f"MOEJAX_{name.upper()}"] = getattr(args, name)
     from moejax.train.loop import train
 
-    record = train(config)
-    return {"run_dir": config.run_dir} | record
+    return {"run_dir": args.config.run_dir} | train(args.config), None
 
 
-def verify(args: argparse.Namespace) -> dict[str, Any]:
+def verify(args: argparse.Namespace) -> Result:
     """Prove that meshes, dispatchers and microbatches give the same numbers."""
-    config = load_config(args.config, args.overrides)
     from moejax.train.verify import verify
 
-    return verify(config, args.steps)
+    return verify(args.config, args.steps), None
 
 
-def generate(args: argparse.Namespace) -> dict[str, Any]:
+def generate(args: argparse.Namespace) -> Result:
     """Continue a prompt with a trained run."""
     from moejax import api
 
@@ -42,102 +41,80 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     if length + new > trained:
         print(f"moejax generate: {length + new} tokens are more than the {trained} of data.sequence in training; what "
               "comes after is likely to be worse", file=sys.stderr)
-    texts = api.generate(model, [args.prompt], new, args.temperature, args.top_p, args.seed, args.chat, [args.image])
+    text, = api.generate(model, [args.prompt], new, args.temperature, args.top_p, args.seed, args.chat, [args.image])
+    result = {"prompt": args.prompt, "text": text}
     with (Path(args.run) / "samples.jsonl").open("a", encoding="utf-8") as file:
         shown = {"images": [os.path.abspath(path) for path in args.image]} if args.image else {}
-        file.write(json.dumps({"prompt": args.prompt, "text": texts[0]} | shown) + "\n")
-    if not args.json:
-        print(texts[0] if args.chat else args.prompt + texts[0])
-    return {"prompt": args.prompt, "text": texts[0]}
+        file.write(json.dumps(result | shown) + "\n")
+    return result, text if args.chat else args.prompt + text
 
 
-def import_(args: argparse.Namespace) -> dict[str, Any]:
+def import_(args: argparse.Namespace) -> Result:
     """Make a run folder of a Hugging Face checkpoint."""
     from moejax import api
 
     result = api.import_folder(args.folder, args.run, args.overrides)
-    if not args.json:
-        print(f"{result['run_dir']}  {result['family']}, {result['parameters']:,} parameters")
-    return result
+    return result, f"{result['run_dir']}  {result['family']}, {result['parameters']:,} parameters"
 
 
-def export(args: argparse.Namespace) -> dict[str, Any]:
+def export(args: argparse.Namespace) -> Result:
     """Write a run's weights as a Hugging Face checkpoint."""
     from moejax import api
 
     result = api.export_run(args.run, args.folder, args.dtype, args.overrides)
-    if not args.json:
-        print(f"{result['folder']}  {result['family']}, {result['tensors']} tensors, {result['bytes'] / 1e6:,.1f} MB")
-    return result
+    return result, (f"{result['folder']}  {result['family']}, {result['tensors']} tensors, "
+                    f"{result['bytes'] / 1e6:,.1f} MB")
 
 
-def plan(args: argparse.Namespace) -> dict[str, Any]:
+def plan(args: argparse.Namespace) -> Result:
     """What a config costs: parameters, FLOPs, memory, traffic, time and price."""
-    config = load_config(args.config, args.overrides)
     if sum((args.schedule, args.leak, args.search, args.inference)) > 1:
         raise ConfigError(["moejax plan takes one of --schedule, --leak, --search and --inference at a time"])
     if args.schedule:
         from moejax.parallel import schedules
 
-        table = schedules.make(config)
-        result, text = {
-            "schedule": table.name, "stages": table.stages, "microbatches": table.microbatches,
-            "chunks": table.chunks, "ticks": len(table.ticks), "bubble": table.bubble(),
-            "peak_inflight": table.peak_inflight()}, f"{table.show(shutil.get_terminal_size((160, 24)).columns)}\n" + (
-                schedules.describe(table))
-    elif args.leak:
-        from moejax.plan import leak
+        table = schedules.make(args.config)
+        text = f"{table.show(shutil.get_terminal_size((160, 24)).columns)}\n{schedules.describe(table)}"
+        return {"schedule": table.name, "stages": table.stages, "microbatches": table.microbatches,
+                "chunks": table.chunks, "ticks": len(table.ticks), "bubble": table.bubble(),
+                "peak_inflight": table.peak_inflight()}, text
+    from moejax.plan import budget, inference, leak, search
 
-        found = leak.figures(config)
-        result, text = {"figures": [one._asdict() | {"residual": one.residual} for one in found]}, leak.text(found)
-    elif args.search:
-        from moejax.plan import search
-
-        result = search.search(config, args.on, args.top)
-        text = search.text(result)
-    elif args.inference:
-        from moejax.plan import inference
-
-        result = inference.inference(config, args.on, Path(config.run_dir, "plan"))
-        text = inference.text(result)
-    else:
-        from moejax.plan import budget
-
-        result = budget.plan(config, args.on, args.tokens, args.mfu)
-        text = budget.text(result)
-    if not args.json:
-        print(text)
-    return result
+    if args.leak:
+        found = leak.figures(args.config)
+        return {"figures": [one._asdict() | {"residual": one.residual} for one in found]}, leak.text(found)
+    if args.search:
+        result = search.search(args.config, args.on, args.top)
+        return result, search.text(result)
+    if args.inference:
+        result = inference.inference(args.config, args.on, Path(args.config.run_dir, "plan"))
+        return result, inference.text(result)
+    result = budget.plan(args.config, args.on, args.tokens, args.mfu)
+    return result, budget.text(result)
 
 
-def compile_(args: argparse.Namespace) -> dict[str, Any]:
+def compile_(args: argparse.Namespace) -> Result:
     """Compile a config's training step for devices that need not be there, and hold the plan against it."""
-    config = load_config(args.config, args.overrides)
     from moejax.plan import compile
 
-    result = compile.compile_step(config, args.devices, args.topology)
-    if not args.json:
-        print(compile.text(result))
-    return result
+    result = compile.compile_step(args.config, args.devices, args.topology)
+    return result, compile.text(result)
 
 
-def report(args: argparse.Namespace) -> dict[str, Any]:
+def report(args: argparse.Namespace) -> Result:
     """Write a run's report.html with its curves."""
     from moejax.train.report import write_report
 
     path = write_report(Path(args.run))
-    if not args.json:
-        print(path)
-    return {"report": str(path)}
+    return {"report": str(path)}, str(path)
 
 
-def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+def checkpoint(args: argparse.Namespace) -> Result:
     """Checkpoints of a run: list, verify, or diff with another bit by bit (each RUN or RUN@STEP)."""
     if args.action not in ("list", "verify", "diff"):
         raise ConfigError([f"moejax checkpoint takes list, verify or diff; got {args.action!r}"])
     if (args.action == "diff") != (args.other is not None):
-        raise ConfigError([f"checkpoint {args.action} takes {'two runs' if args.action == 'diff' else 'one run'}; "
-                           f"got {1 + (args.other is not None)}"])
+        raise ConfigError([f"checkpoint {args.action} takes {'one run; got 2' if args.other else 'two runs; got 1'}"])
     from moejax.train import archive
 
     if args.action == "list":
@@ -157,16 +134,14 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
         lines.append(f"{len(differ)} of {result['arrays']} arrays differ between {result['a']} and {result['b']}"
                      if differ else f"all bits of {result['arrays']} arrays are equal")
         result["passed"] = not differ
-    if not args.json:
-        print("\n".join(lines))
-    return result
+    return result, "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="moejax", description="Train, verify and use mixture-of-experts transformers.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(function: Callable[..., dict[str, Any]], *positional: str) -> argparse.ArgumentParser:
+    def command(function: Callable[[argparse.Namespace], Result], *positional: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__.rstrip("_"), help=function.__doc__, description=function.__doc__)
         for name in positional:
             sub.add_argument(name, metavar=name.upper())
@@ -219,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = [*vars(args).get("overrides", ()), *rest]  # argparse gives up those after an option
     try:
-        result = args.function(args)
+        if "config" in args:
+            args.config = load_config(args.config, args.overrides)
+        result, text = args.function(args)
     except ConfigError as error:
         print(f"moejax {args.command}: {len(error.problems)} problem{'s' * (len(error.problems) > 1)}\n{error}",
               file=sys.stderr)
@@ -229,8 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # not one of ours to explain
         print(f"moejax {args.command}: {error}", file=sys.stderr)
         return 1
-    if args.json:
-        print(json.dumps(result))
+    if args.json or text is not None:
+        print(json.dumps(result) if args.json else text)
     return 0 if result.get("passed", True) else 1
 
 

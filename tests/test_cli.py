@@ -235,8 +235,8 @@ def test_a_run_in_python(trained, texts):
     with pytest.raises(moejax.ConfigError) as error:
         many(np.zeros((6, 4), int))
     assert error.value.problems == [
-        "the number of sequences must be a multiple of the mesh's batch shards; got 6 and 4; pad the batch, "
-        "or load with mesh.data=1"]
+        "the number of sequences must be a multiple of the mesh's batch shards; got 6 and 4; pad them, or "
+        "load with mesh.data=1"]
 
 
 def test_plan_draws_the_schedule(tmp_path, capfd):

@@ -84,8 +84,13 @@ def test_a_value_is_read_by_its_annotation(text, expected):
     ("optimizer.lr=none", "a number"), ("mesh.zero1=yes", "true or false"), ("mesh.zero1=2", "true or false"),
     ("mesh.zero1=", "true or false"), ("model.moe.group=", "a whole number or none"),
     ("model.moe.capacity_factor=off", "a number or none"), ("model.moe.capacity_factor=", "a number or none"),
-    ("model.latent=0,8,four,6", "values separated by commas"), ("model.latent=0,8.5,4,6", "values separated by commas"),
-    ("model.caps=high,30", "values separated by commas"), ("model.window=wide", "a whole number or none"),
+    ("model.latent=0,8,four,6", "values separated by commas, each a whole number"),
+    ("model.latent=0,8.5,4,6", "values separated by commas, each a whole number"),
+    ("model.caps=high,30", "values separated by commas, each a number"),
+    ("model.biases=qkv,Head,all",
+     "values separated by commas, each one of qkv, output, sinks, mlp, experts, router, norm, head"),
+    ("model.window=wide", "a whole number or none"),
+    ("train.freeze=words", "values separated by commas, each one of text, encoder"),
     ("model.qk_norm=each", "one of none, head, all"), ("model.qkv_limit=", "a number or none"),
     ("model.activation=tanh", "one of gelu, gelu_exact, quick_gelu, relu, swiglu, geglu, clamped_swiglu"),
     ("model.moe.router=hash", "one of topk, sigmoid, sparsemixer, expert_choice"),
@@ -192,16 +197,15 @@ def test_the_largest_allowed_are_allowed_at_once():
     ("mesh.tensor=2 model.moe.shared=9",
      "mesh.tensor must divide model.moe.shared; got 2 and 9; set mesh.tensor to one of [1, 3, 9], "
      "or model.moe.shared=10"),
-    ("model.clamp=1", "model.clamp has 2 numbers; got (1.0,)"),
-    ("model.clamp=", "model.clamp has 2 numbers; got ()"),
-    ("model.caps=50", "model.caps has 0 or 2 numbers; got (50.0,)"),
-    ("model.latent=8,4,6", "model.latent has 0 or 4 numbers; got (8, 4, 6)"),
-    ("model.multipliers=1,2,3,4,5", "model.multipliers has 0 or 4 numbers; got (1.0, 2.0, 3.0, 4.0, 5.0)"),
-    ("model.caps=-1,inf", "model.caps holds no negative number and none that is not finite; got (-1.0, inf)"),
+    ("model.clamp=1", "model.clamp has 2 numbers, finite and not negative; got (1.0,)"),
+    ("model.clamp=", "model.clamp has 2 numbers, finite and not negative; got ()"),
+    ("model.caps=50", "model.caps has 0 or 2 numbers, finite and not negative; got (50.0,)"),
+    ("model.latent=8,4,6", "model.latent has 0 or 4 numbers, finite and not negative; got (8, 4, 6)"),
+    ("model.multipliers=1,2,3,4,5",
+     "model.multipliers has 0 or 4 numbers, finite and not negative; got (1.0, 2.0, 3.0, 4.0, 5.0)"),
+    ("model.caps=-1,inf", "model.caps has 0 or 2 numbers, finite and not negative; got (-1.0, inf)"),
     ("model.multipliers=1,nan,1,1",
-     "model.multipliers holds no negative number and none that is not finite; got (1.0, nan, 1.0, 1.0)"),
-    ("model.biases=qkv,Head,all",
-     "model.biases names some of qkv, output, sinks, mlp, experts, router, norm, head; got 'Head', 'all'"),
+     "model.multipliers has 0 or 4 numbers, finite and not negative; got (1.0, nan, 1.0, 1.0)"),
     ("model.latent=0,8,4,6", "latent attention has as many KV heads as heads; got 1 and 8; set model.kv_heads=8"),
     *((f"model.kv_heads=8 model.latent={text.replace(' ', '')}",
        "latent attention has a rank of keys, a value size and an even turned part below model.head_dim; "
@@ -210,21 +214,22 @@ def test_the_largest_allowed_are_allowed_at_once():
     ("model.kv_heads=8 model.latent=0,8,4,6 model.biases=sinks,qkv,output model.qk_norm=all model.qkv_limit=8",
      "latent attention has no qkv, sinks, qk_norm, qkv_limit; take out one or the other"),
     ("model.kv_heads=3",
-     "model.kv_heads must divide model.heads; got 3 and 8; set model.kv_heads to one of [1, 2, 4, 8]"),
+     "model.kv_heads must divide model.heads; got 3 and 8; set model.kv_heads to one of [1, 2, 4, 8], "
+     "or model.heads=9"),
     ("model.head_dim=33", "model.head_dim must be even for the rotary embedding; got 33"),
     ("model.vocab=256", "model.vocab must hold the byte tokenizer's 257 tokens; got 256; set model.vocab=264"),
     ("model.moe.expert_groups=3",
      "model.moe.expert_groups must divide model.moe.experts; got 3 and 8; "
-     "set model.moe.expert_groups to one of [1, 2, 4, 8]"),
-    ("model.moe.active_groups=2",
-     "model.moe.active_groups must lie between 1 and model.moe.expert_groups; got 2 and 1"),
+     "set model.moe.expert_groups to one of [1, 2, 4, 8], or model.moe.experts=9"),
+    ("model.moe.active_groups=2", "model.moe.active_groups must not exceed model.moe.expert_groups; got 2 and 1"),
     ("model.moe.expert_groups=8",
      "the active groups must hold model.moe.active experts; 1 of 8 groups hold 1, active is 2; "
      "raise model.moe.active_groups"),
     ("model.moe.group=3 data.sequence=8",
-     "model.moe.group must divide data.sequence; got 3 and 8; set model.moe.group to one of [1, 2, 4, 8]"),
+     "model.moe.group must divide data.sequence; got 3 and 8; set model.moe.group to one of [1, 2, 4, 8], "
+     "or data.sequence=9"),
     ("model.moe.router=expert_choice model.moe.capacity_factor=none",
-     "router expert_choice fills every expert to its capacity; model.moe.capacity_factor is none; set it to 1.0"),
+     "router expert_choice fills experts to a capacity; model.moe.capacity_factor is none; set it to 1.0"),
     ("model.moe.router=expert_choice model.moe.expert_groups=2 model.moe.active_groups=2",
      "router expert_choice knows no expert groups; model.moe.expert_groups is 2; set it to 1"),
     ("mesh.tensor=3 model.moe.hidden=258",
@@ -264,18 +269,14 @@ def test_the_largest_allowed_are_allowed_at_once():
     ("mesh.pipeline=2 mesh.chunks=2 mesh.schedule=interleaved",
      "the schedule interleaved takes microbatches in groups of mesh.pipeline; got train.microbatches 1 and "
      "mesh.pipeline 2; set train.microbatches=2"),
-    ("mesh.pipeline=2 mesh.stage_layers=[4]",
-     "mesh.stage_layers has an entry for each of the mesh.pipeline × mesh.chunks parts; got 1 and 2"),
-    ("mesh.pipeline=2 mesh.stage_layers=[4,0]",
-     "every stage needs a layer; mesh.stage_layers gives stage 1 (part 1) 0; set it to 1 or more"),
-    ("mesh.pipeline=2 mesh.stage_layers=3,2",
-     "mesh.stage_layers must add up to model.layers; got 3 + 2 = 5 and 4; give stage 1 1")])
+    *((f"mesh.pipeline=2 mesh.stage_layers={text}",
+       "mesh.stage_layers gives each of mesh.pipeline × mesh.chunks = 2 parts a layer or more, and all 4 of "
+       f"model.layers; got {got}; set it to 2,2, say")
+      for text, got in (("[4]", "4 = 4"), ("[4,0]", "4 + 0 = 4"), ("3,2", "3 + 2 = 5"))),
+    ("mesh.pipeline=3 mesh.stage_layers=4,0,0", "mesh.stage_layers gives each of mesh.pipeline × mesh.chunks = 3 parts "
+     "a layer or more, and all 4 of model.layers; got 4 + 0 + 0 = 4; set it to 2,1,1, say")])
 def test_rules(overrides, message):
     assert problem(*overrides.split()) == message
-
-
-ROPE = ("model.rope_scaling is empty or a kind with its numbers, above 0 (linear factor=; dynamic factor= original=; "
-        "llama3 factor= low= high= original=; yarn factor= original=); got ")
 
 
 @pytest.mark.parametrize("override, message", [
@@ -287,13 +288,34 @@ def test_rules_of_values_that_would_divide_by_nothing(override, message):
     assert problem(override) == message
 
 
-@pytest.mark.parametrize("text", [
-    "cubic factor=2", "linear", "linear factor=two", "linear factor", "linear factor=2 original=8", "factor=2",
-    "yarn factor=4", "yarn factor=4 original=64 quick=3", "llama3 factor=8 low=1 original=64", "linear factor=nan",
-    "dynamic factor=2 original=inf", "linear=factor=2", "linear factor=0", "yarn factor=4 original=64 slow=0",
-    "linear factor=2 factor=3"])
-def test_a_rotary_scaling_has_a_kind_and_its_numbers(text: str):
-    assert problem(f"model.rope_scaling={text}") == ROPE + repr(text)
+@pytest.mark.parametrize("text, message", [
+    *((text, f" is empty or begins with linear, dynamic, llama3, yarn; got {text!r}")
+      for text in ("cubic factor=2", "factor=2", "linear=factor=2")),
+    *((text, f"={text.split()[0]} needs {missing}; got {text!r}") for text, missing in (
+        ("linear", "factor="), ("yarn factor=4", "original="), ("llama3 factor=8 low=1 original=64", "high="))),
+    *((text, f"=linear takes each of factor once; got {name!r} in {text!r}")
+      for text, name in (("linear factor=2 original=8", "original"), ("linear factor=2 factor=3", "factor"))),
+    ("yarn factor=4 original=64 quick=3", "=yarn takes each of factor, original, fast, slow, attention, truncate once; "
+     "got 'quick' in 'yarn factor=4 original=64 quick=3'")])
+def test_a_text_has_a_kind_and_what_belongs_to_it(text: str, message: str):
+    assert problem(f"model.rope_scaling={text}") == f"model.rope_scaling{message}"
+
+
+def test_a_text_that_cannot_be_read_hides_nothing_else():
+    assert problems("model.vision=vit", "model.pattern=V", "model.layers=0", "model.kv_heads=3", "data.batch=0") == [
+        "data.batch must be above 0; got 0; set it to 1 or more",
+        "model.vision is empty or begins with clip, siglip; got 'vit'",
+        "model.kv_heads must divide model.heads; got 3 and 8; set model.kv_heads to one of [1, 2, 4, 8], "
+        "or model.heads=9"]
+
+
+@pytest.mark.parametrize("text, name, value", [
+    ("linear factor=two", "factor", "two"), ("linear factor", "factor", ""), ("linear factor=nan", "factor", "nan"),
+    ("dynamic factor=2 original=inf", "original", "inf"), ("linear factor=0", "factor", "0"),
+    ("yarn factor=4 original=64 slow=0", "slow", "0")])
+def test_a_number_of_a_rotary_scaling(text: str, name: str, value: str):
+    assert problem(f"model.rope_scaling={text}") == (
+        f"{name}= of model.rope_scaling takes a number above 0; got {value!r}")
 
 
 @pytest.mark.parametrize(("text", "found"), [
@@ -311,12 +333,13 @@ def test_everything_wrong_with_a_models_values_comes_at_once():
     assert problems("model.pattern=Md", "model.clamp=1,2,3", "model.caps=1,-2", "model.biases=keys",
                     "model.rope_scaling=cubic", "model.moe.shared_gate=true", "model.moe.router=sparsemixer",
                     "model.moe.active=3", "model.qkv_limit=0") == [
+        "model.biases takes values separated by commas, each one of qkv, output, sinks, mlp, experts, router, norm, "
+        "head; got 'keys'",
         "model.qkv_limit must be above 0; got 0.0",
+        "model.rope_scaling is empty or begins with linear, dynamic, llama3, yarn; got 'cubic'",
         "small letters need model.window; got pattern 'Md' and no window; set it, or use capitals",
-        "model.clamp has 2 numbers; got (1.0, 2.0, 3.0)",
-        "model.caps holds no negative number and none that is not finite; got (1.0, -2.0)",
-        "model.biases names some of qkv, output, sinks, mlp, experts, router, norm, head; got 'keys'",
-        ROPE + "'cubic'",
+        "model.clamp has 2 numbers, finite and not negative; got (1.0, 2.0, 3.0)",
+        "model.caps has 0 or 2 numbers, finite and not negative; got (1.0, -2.0)",
         "model.moe.shared_gate needs a shared expert; got model.moe.shared 0; set its width",
         "router sparsemixer chooses 1 or 2 experts; got model.moe.active 3; set it to 2"]
     assert problems("model.latent=0,8,3,6", "model.biases=qkv") == [
@@ -368,7 +391,8 @@ def test_all_problems_come_at_once(tmp_path):
         "an override is path.to.field=value; got 'data.batch'",
         "mesh.data must be above 0; got 0; set it to 1 or more",
         "train.steps must be above 0; got -1; set it to 1 or more",
-        "model.kv_heads must divide model.heads; got 3 and 8; set model.kv_heads to one of [1, 2, 4, 8]"]
+        "model.kv_heads must divide model.heads; got 3 and 8; set model.kv_heads to one of [1, 2, 4, 8], "
+        "or model.heads=9"]
     assert str(error.value) == "\n".join(f"  - {each}" for each in error.value.problems)
 
 
@@ -416,7 +440,7 @@ def test_a_file_that_does_not_run_says_why(tmp_path, unchecked, text, what):
     path = tmp_path / "mine.py"
     path.write_text(text)
     (wrong,) = wrong_of(path)
-    assert wrong.startswith(f"{path} does not run: {what}")
+    assert wrong.startswith(f"{path} gives no config: {what}")
 
 
 def test_a_file_may_raise_what_is_wrong_itself(tmp_path):
@@ -430,13 +454,13 @@ def test_a_file_may_raise_what_is_wrong_itself(tmp_path):
 def test_a_file_without_a_function_of_that_name(tmp_path, text):
     path = tmp_path / "mine.py"
     path.write_text(text)
-    assert wrong_of(path) == [f"a config file defines config() -> Config; {path} does not"]
+    assert wrong_of(path) == [f"a config file defines config(), which returns a Config; that of {path} gives None"]
 
 
 def test_a_function_that_returns_something_else(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def config(): return {}")
-    assert wrong_of(path) == [f"config() returns a moejax Config; that of {path} returns dict"]
+    assert wrong_of(path) == [f"a config file defines config(), which returns a Config; that of {path} gives {{}}"]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -445,8 +469,8 @@ def test_a_function_that_returns_something_else(tmp_path):
     ("model=Model(layers=2.0)", "model.layers takes a whole number; got 2.0"),
     ("optimizer=Optimizer(lr=True)", "optimizer.lr takes a number; got True"),
     ("optimizer=Optimizer(name='sgd')", "optimizer.name takes one of adamw, adafactor, muon; got 'sgd'"),
-    ("data=Data(sources=['a'])", "data.sources takes values separated by commas; got ['a']"),
-    ("data=Data(sources='abc')", "data.sources takes values separated by commas; got 'abc'"),
+    ("data=Data(sources=['a'])", "data.sources takes values separated by commas, each text; got ['a']"),
+    ("data=Data(sources='abc')", "data.sources takes values separated by commas, each text; got 'abc'"),
     ("model=Model(moe=MoE(group=0.5))", "model.moe.group takes a whole number or none; got 0.5"),
     ("mesh=Mesh(zero1=1)", "mesh.zero1 takes true or false; got 1"),
     ("model=None", "model takes a moejax.config.Model; got None"),
@@ -493,16 +517,16 @@ def test_json_and_back():
 
 
 @pytest.mark.parametrize("text, messages", [
-    ('{"modle": {}, "train": {"step": 3}, "model": {"moe": {"zzzzz": 1}}}',
-     ["unknown field 'modle'; did you mean model?", "unknown field 'train.step'; did you mean train.steps?",
-      "unknown field 'model.moe.zzzzz'"]),
+    ('{"modle": {"heads": 2}, "train": {"step": 3}, "zzzzz": {"zzzzz": 1}}',
+     ["unknown field 'modle.heads'; did you mean model.heads?", "unknown field 'train.step'; did you mean train.steps?",
+      f"unknown field 'zzzzz.zzzzz'; fields are {', '.join(FIELDS)}"]),
     ('{"train": {"steps": "20"}}', ["train.steps takes a whole number; got '20'"]),
     ('{"train": {"steps": -1}}', ["train.steps must be above 0; got -1; set it to 1 or more"]),
     ('{"optimizer": {"lr": NaN}}', ["optimizer.lr must be finite; got nan"]),
-    ('{"data": {"sources": [["a"]]}}', ["data.sources takes values separated by commas; got (['a'],)"]),
-    ('{"model": 3}', ["model is a JSON object; got 3"]),
-    ('{"model": {"moe": null}}', ["model.moe is a JSON object; got None"]),
-    ("[]", ["a config is a JSON object; got []"]),
+    ('{"data": {"sources": [["a"]]}}', ["data.sources takes values separated by commas, each text; got (['a'],)"]),
+    *((text, ["checkpoint is a group of fields; set one of checkpoint.every, checkpoint.keep, checkpoint.keep_every, "
+              "checkpoint.folder"]) for text in ('{"checkpoint": 3}', '{"checkpoint": null}', '{"checkpoint": {}}')),
+    ("[]", ["a config is a JSON object; this text is not (it is [])"]),
     ('{"train": {', ["a config is a JSON object; this text is not (Expecting property name enclosed in double quotes: "
                      "line 1 column 12 (char 11))"])])
 def test_json_that_is_no_config(unchecked, text, messages):

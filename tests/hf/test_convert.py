@@ -245,7 +245,7 @@ def test_values_of_the_wrong_kind(wrong, published, refused):
     ("llama", {"rope_parameters": "yarn"}, ["config.json must hold a JSON object, as rope_parameters; it has 'yarn'"]),
     ("deepseek_v3", {"n_group": 3},
      ["model.moe.expert_groups must divide model.moe.experts; got 3 and 8; set model.moe.expert_groups to one of "
-      "[1, 2, 4, 8]"]),
+      "[1, 2, 4, 8], or model.moe.experts=9"]),
     ("mixtral_gqa", {"quantization_config": {"quant_method": "fp8"}},
      ["weights are float32, float16 or bfloat16; those of HERE are quantised (fp8); take a checkpoint that is not, or "
       "dequantise it first"]),
@@ -280,7 +280,7 @@ def test_a_place_that_cannot_be_written(published, refused, tmp_path):
     (tmp_path / "file").write_text("mine")
     for command in ("import", "export"):
         problem, = refused(command, FIXTURES / "llama", to="file/inside")
-        assert "file/inside cannot be written (" in problem and problem.endswith("; name another")
+        assert "file/inside cannot be written (" in problem and problem.endswith("; make room, or name another")
 
 
 @pytest.mark.parametrize("command", ["import", "export"])

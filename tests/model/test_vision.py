@@ -167,19 +167,19 @@ def test_matrices_are_counted_by_the_rows_they_multiply():
 
 
 RULES = [
-    ("model.vision=vit size=3", "it begins with clip or siglip, not 'vit'"),
-    ("model.vision=clip size=23", "clip needs patch=, width=, layers=, heads=, hidden="),
+    ("model.vision=vit size=3", "model.vision is empty or begins with clip, siglip; got 'vit size=3'"),
+    ("model.vision=clip size=23", "model.vision=clip needs patch=, width=, layers=, heads=, hidden="),
     (f"model.vision={SEES.vision} size=8", "takes each of"),
-    (f"model.vision={SEES.vision} act=tanh", "act is quick_gelu or gelu or gelu_exact or relu, not 'tanh'"),
-    (f"model.vision={SEES.vision} eps=0", "eps is a number above 0, not '0'"),
-    (f"model.vision={SEES.vision} std=1,0,1", "std is three numbers above 0"),
+    (f"model.vision={SEES.vision} act=tanh", "act= of model.vision takes one of quick_gelu, gelu, gelu_exact,"),
+    (f"model.vision={SEES.vision} eps=0", "eps= of model.vision takes a number above 0; got '0'"),
+    (f"model.vision={SEES.vision} std=1,0,1", "std= of model.vision takes three numbers above 0; got"),
     (f"model.vision={SEES.vision.replace('heads=3', 'heads=5')}", "heads that divide its width; got heads=5 and width"),
     (f"model.vision={SEES.vision.replace('patch=5', 'patch=50')}", "got patch=50 and size=23"),
-    ("model.cross=first", "it begins with last or all, not 'first'"), ("model.cross=", "set model.vision and"),
-    ("model.cross=all latents=-1", "latents is a whole number, not '-1'"),
+    ("model.cross=first", "model.cross is empty or begins with last, all; got 'first'"),
+    ("model.cross=", "set model.vision and"),
+    ("model.cross=all latents=-1", "latents= of model.cross takes a whole number, 0 or above; got"),
     ("model.pattern=M", "has none; set it to VMM"),
     ("model.pattern=VMX", "made of M (MoE layer) and D (dense layer), or V and W"),
-    ("train.freeze=words", "train.freeze names some of text, encoder; got 'words'"),
     ("model.layers=-1", "model.layers must not be negative"), ("data.rate=0", "data.rate must be above 0"),
     ("mesh.tensor=4", "mesh.tensor must divide heads= of model.vision; got 4 and 3")]
 

@@ -217,7 +217,8 @@ def another(field: str, kind, value):
     if isinstance(value, bool):
         return not value
     if typing.get_origin(kind) is tuple:
-        return (another(field, typing.get_args(kind)[0], typing.get_args(kind)[0]()),)
+        inside = typing.get_args(kind)[0]
+        return (another(field, inside, inside() if isinstance(inside, type) else None),)
     return {int: 3, float: 0.125, str: "b", type(None): 3}[type(value)]
 
 
