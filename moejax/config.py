@@ -591,8 +591,10 @@ def check_pipeline(config: Config) -> Iterator[str]:
     parts = mesh.parts()
     if split and (len(split) != parts or min(split) < 1 or sum(split) != layers):
         even = ",".join(str(layers // parts + (part < layers % parts)) for part in range(parts))
+        none = [f"stage {part % mesh.pipeline}" for part, some in enumerate(split) if some < 1]
         yield (f"mesh.stage_layers gives each of mesh.pipeline × mesh.chunks = {parts} parts a layer or more, and all "
-               f"{layers} of model.layers; got {' + '.join(map(str, split))} = {sum(split)}; set it to {even}, say")
+               f"{layers} of model.layers; got {' + '.join(map(str, split))} = {sum(split)}"
+               f"{', nothing on ' * bool(none)}{', '.join(none)}; set it to {even}, say")
 
 
 def divisors(n: int) -> list[int]:
