@@ -272,9 +272,10 @@ def test_the_largest_allowed_are_allowed_at_once():
     *((f"mesh.pipeline=2 mesh.stage_layers={text}",
        "mesh.stage_layers gives each of mesh.pipeline × mesh.chunks = 2 parts a layer or more, and all 4 of "
        f"model.layers; got {got}; set it to 2,2, say")
-      for text, got in (("[4]", "4 = 4"), ("[4,0]", "4 + 0 = 4"), ("3,2", "3 + 2 = 5"))),
+      for text, got in (("[4]", "4 = 4"), ("[4,0]", "4 + 0 = 4, nothing on stage 1"), ("3,2", "3 + 2 = 5"))),
     ("mesh.pipeline=3 mesh.stage_layers=4,0,0", "mesh.stage_layers gives each of mesh.pipeline × mesh.chunks = 3 parts "
-     "a layer or more, and all 4 of model.layers; got 4 + 0 + 0 = 4; set it to 2,1,1, say")])
+     "a layer or more, and all 4 of model.layers; got 4 + 0 + 0 = 4, nothing on stage 1, stage 2; "
+     "set it to 2,1,1, say")])
 def test_rules(overrides, message):
     assert problem(*overrides.split()) == message
 
