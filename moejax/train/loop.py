@@ -26,13 +26,12 @@ from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
 from moejax.train.begin import beginning
 from moejax.train.checkpoint import Checkpoints, Position, differences, first_line, folder_of
-from moejax.train.evaluate import validation_loss
 from moejax.train.fault import Stop, Watchdog, tell
 from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
 from moejax.train.optimizer import make_optimizer
 from moejax.train.progress import Progress
 from moejax.train.state import State
-from moejax.train.step import make_evaluation, make_gradients, make_step
+from moejax.train.step import make_evaluation, make_gradients, make_step, validation_loss
 
 TEMPORARY = "config.json.tmp"
 REWINDS = 3  # to the same checkpoint
