@@ -48,8 +48,8 @@ FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbat
 class Position(NamedTuple):
     """Where a run is, beside its arrays."""
 
-    step: int
-    offset: int  # batches that were stepped over; step s reads batch s - 1 + offset
+    step: int = 0
+    offset: int = 0  # batches that were stepped over; step s reads batch s - 1 + offset
 
 
 class Damaged(RuntimeError):
@@ -140,9 +140,9 @@ class SaveManifest(ocp.args.CheckpointArgs):
 def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
     """What `maker` made, the checksums summed over the processes that wrote.  Raises Damaged: not as it was written."""
     whole = read_part(folder, step, 0)
-    for process in range(1, whole["processes"]):
-        for name, one in read_part(folder, step, process)["arrays"].items():
-            whole["arrays"][name]["checksum"] = (whole["arrays"][name]["checksum"] + one["checksum"]) % 2**32
+    others = [read_part(folder, step, process)["arrays"] for process in range(1, whole["processes"])]
+    for name, one in whole["arrays"].items():
+        one["checksum"] = sum(arrays[name]["checksum"] for arrays in (whole["arrays"], *others)) % 2**32
     return whole
 
 
@@ -310,9 +310,7 @@ class Checkpoints:
 
     def save(self, state: State, position: Position) -> None:
         """Begin to write the state after position.step steps.  A failure is told, and tried again later."""
-        self.begin(flat(state), position)
-
-    def begin(self, arrays: dict[str, Array], position: Position) -> None:
+        arrays = flat(state)
         make = maker(self.config, position, arrays, checksums(arrays))  # which the devices compute meanwhile
         try:
             self.settle()
@@ -369,11 +367,9 @@ class Checkpoints:
         raise SaveFailed(f"the checkpoint of step {position.step}, the last, could not be saved; {self.last()}; "
                          f"make room in {self.folder} and start the run again")
 
-    def restore(self, abstract: State, place: State, before: float = math.inf) -> tuple[State, Position] | None:
+    def restore(self, abstract: State, before: float = math.inf) -> tuple[State, Position] | None:
         """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""
-        places = flat(place)
-        targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
-                   for name, leaf in flat(abstract).items()}
+        targets = flat(abstract)
         self.check(0, wait=True)
         if (found := newest_good(self.manager, targets, self.say, before)) is None:
             return None
@@ -387,7 +383,7 @@ class Checkpoints:
                                f"({'; '.join(differ)}); set checkpoint.folder to another, or undo the difference"])
         if newer := [other for other in self.manager.all_steps() if other > step]:
             self.set_aside(newer)
-        counted = jax.jit(lambda: jnp.int32(step), out_shardings=place.step)()
+        counted = jax.jit(lambda: jnp.int32(step), out_shardings=abstract.step.sharding)()
         state = jax.tree.unflatten(jax.tree.structure(abstract._replace(step=None)), [arrays[name] for name in targets])
         return state._replace(step=counted), Position(step, manifest["offset"])
 
@@ -437,7 +433,7 @@ def first_line(error: BaseException) -> str:
 def write_weights(config: Config, weights: dict[str, Array]) -> None:
     """A checkpoint of weights alone, at step 0.  Raises SaveFailed where it could not be written."""
     checkpoints = Checkpoints(config)
-    checkpoints.begin({f"weights/{name}": value for name, value in weights.items()}, Position(0, 0))
+    checkpoints.save(State(None, weights, None, None), Position())
     checkpoints.close()
     if checkpoints.newest() != 0:
         raise SaveFailed(f"the weights could not be written to {checkpoints.folder}; make room and try again")

@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -25,15 +25,15 @@ from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
 from moejax.train.begin import beginning
-from moejax.train.checkpoint import Checkpoints, Position, differences, first_line, folder_of
+from moejax.train.checkpoint import Checkpoints, Position, differences, first_line
 from moejax.train.fault import Stop, Watchdog, tell
-from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
+from moejax.train.metrics import FILE, MetricsLog, put, read_lines, read_metrics
 from moejax.train.optimizer import make_optimizer
 from moejax.train.progress import Progress
 from moejax.train.state import State
 from moejax.train.step import make_evaluation, make_gradients, make_step, validation_loss
 
-TEMPORARY = "config.json.tmp"
+UNCLAIMED = ("config.json.tmp", "checkpoints")  # what a run may leave that could not begin
 REWINDS = 3  # to the same checkpoint
 
 
@@ -73,13 +73,10 @@ def train(config: Config) -> dict[str, Any]:
 
         # Restore
         watchdog.at("restoring")
-        begin = None if begun(config) else beginning(sharded)  # which may be refused: then nothing is kept
-        keep(config, run_dir)
-        checkpoints = stack.enter_context(closing(Checkpoints(config, tell)))
-        layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
-        state, position = checkpoints.restore(*layout) or (states.fresh(sharded, optimizer, begin), Position(0, 0))
-        del begin
-        describe(config, sharded, run_dir)
+        checkpoints, layout = stack.enter_context(closing(Checkpoints(config))), states.abstract(sharded, optimizer)
+        state, position = checkpoints.restore(layout) or (
+            states.fresh(sharded, optimizer, beginning(sharded)), Position())
+        keep(config, sharded, run_dir)  # last, as both may be refused
         meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)
         processes.barrier("restored")  # the log is cut back from here on
 
@@ -145,7 +142,9 @@ def train(config: Config) -> dict[str, Any]:
                          "set train.steps higher to go on")
         elif sharded.stages:
             progress.say("timing the pipeline with and without its idle ticks")
-            put(run_dir / "pipeline.json", json.dumps(bubble(sharded, schedule, state.weights, batch)))
+            found = json.dumps(bubble(sharded, schedule, state.weights, batch))
+            if processes.first():
+                put(run_dir / "pipeline.json", found)
     processes.barrier("done")  # one that ends long before the others counts as dead
     return record
 
@@ -170,17 +169,12 @@ def shared_corpus(config: Config) -> Corpus:
     return corpus if processes.first() else open_corpus(config.data, config.model.vocab)
 
 
-def begun(config: Config) -> bool:
-    folder = folder_of(config.checkpoint, config.run_dir)
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
-def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Position, record: dict[str, Any],
+def rewind(checkpoints: Checkpoints, layout: State, position: Position, record: dict[str, Any],
            rewinds: int) -> tuple[State, Position]:
     """The newest good state from before the bad steps, and its position with the data up to here behind it.  Raises
     Diverged: there is none, or the run has gone back to it too often.
     """
-    found = checkpoints.restore(*layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
+    found = checkpoints.restore(layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
     if found is None:
         newest = checkpoints.newest()
         kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint was written"
@@ -195,17 +189,15 @@ def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Posi
 
 def bubble(sharded: Sharded, schedule: Schedule, weights: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
     """The idle share of a step's gradients: counted, and measured against the same ops without the idle ticks."""
-    tables = {"step_s": schedule, "busy_s": schedules.without_idle(schedule)}
-    programs = {name: jax.jit(make_gradients(sharded, table)) for name, table in tables.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in tables}
-    for _ in range(4):  # the first compiles
-        for name, program in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(program(weights, batch, jax.random.key(0)))
-            seconds[name].append(time.perf_counter() - begin)
-    middle = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
-    return {"schedule": schedule.name, "bubble": schedule.bubble(),
-            "bubble_measured": 1 - middle["busy_s"] / middle["step_s"]} | middle
+    programs = [jax.jit(make_gradients(sharded, table)) for table in (schedule, schedules.without_idle(schedule))]
+    seconds = np.zeros((4, 2))
+    for round_, which in np.ndindex(seconds.shape):
+        begin = time.perf_counter()
+        jax.block_until_ready(programs[which](weights, batch, jax.random.key(0)))
+        seconds[round_, which] = time.perf_counter() - begin
+    step, busy = np.median(seconds[1:], 0).tolist()  # the first compile
+    return {"schedule": schedule.name, "bubble": schedule.bubble(), "bubble_measured": 1 - busy / step,
+            "step_s": step, "busy_s": busy}
 
 
 def claim(config: Config) -> Path:
@@ -216,52 +208,35 @@ def claim(config: Config) -> Path:
         raise ConfigError([f"run_dir is a folder; {run_dir} is a file; set run_dir to another path"])
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
     except OSError as error:
-        raise unwritable(run_dir, error) from None
+        raise ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
+                           "set run_dir to another"]) from None
     if path.exists():
         if differ := differences(configs.from_json(path.read_text()), config):
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
-    elif any(each.name != TEMPORARY for each in run_dir.iterdir()):
+    elif any(each.name not in UNCLAIMED for each in run_dir.iterdir()):
         raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; "
                            "set run_dir to a new folder"])
     return run_dir
 
 
-def keep(config: Config, run_dir: Path) -> None:
-    """Write config.json, from when on the folder is this config's, and the files of its tokenizer.  Raises ConfigError:
-    they cannot be written, or the run began with another tokenizer.
+def keep(config: Config, sharded: Sharded, run_dir: Path) -> None:
+    """Write config.json, from when on the folder is this config's, the files of its tokenizer and summary.json, in the
+    first process of a group.  Raises ConfigError: the run began with another tokenizer.
     """
     files, kept = tokenizer_files(config.data.tokenizer), run_dir / TOKENIZER_FILE
-    try:
-        if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
-            raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
-                               f"of {kept}; put that one back, or set run_dir to a new folder"])
-        put(run_dir / "config.json", configs.to_json(config))
-        for name, text in files.items():
-            put(run_dir / name, text)
-    except OSError as error:
-        raise unwritable(run_dir, error) from None
-
-
-def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    return ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
-                        "set run_dir to another"])
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in the first process of a group."""
-    if processes.first():
-        fresh = path.with_name(f"{path.name}.tmp")
-        fresh.write_text(text, "utf-8")
-        os.replace(fresh, path)
-
-
-def describe(config: Config, sharded: Sharded, run_dir: Path) -> None:
+    if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
+        raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
+                           f"of {kept}; put that one back, or set run_dir to a new folder"])
     count, active = sharded.parameters()
     devices = f"{config.mesh.devices()} × {sharded.mesh.devices.flat[0].device_kind}"
-    put(run_dir / "summary.json", json.dumps({"parameters": count, "active_parameters": active, "devices": devices,
-                                              "jax": jax.__version__, "python": platform.python_version()}) + "\n")
+    summary = json.dumps({"parameters": count, "active_parameters": active, "devices": devices,
+                          "jax": jax.__version__, "python": platform.python_version()})
+    if processes.first():
+        for name, text in ({"config.json": configs.to_json(config), "summary.json": summary} | files).items():
+            put(run_dir / name, text)
 
 
 def notes(config: Config, corpus: Corpus, sharded: Sharded, start: int) -> Iterator[str]:

@@ -63,23 +63,20 @@ class MetricsLog(AbstractContextManager):
             if "event" not in record:
                 self.draw(record)
         except OSError as error:
+            self.board = None
             return str(error)
         return None
 
     def draw(self, record: dict[str, Any]) -> None:
         """To TensorBoard; after a failure into a new file."""
-        try:
-            if self.board is None:
-                self.begin_board(record["step"])
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(record)
-                      if isinstance(value, (int, float)) and tag != "step"]
-            self.board.write_event(Event(step=record["step"], wall_time=time.time(), summary=Summary(value=values)))
-            if time.monotonic() - self.flushed > FLUSH:
-                self.board.flush()
-                self.flushed = time.monotonic()
-        except OSError:
-            self.board = None
-            raise
+        if self.board is None:
+            self.begin_board(record["step"])
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(record)
+                  if isinstance(value, (int, float)) and tag != "step"]
+        self.board.write_event(Event(step=record["step"], wall_time=time.time(), summary=Summary(value=values)))
+        if time.monotonic() - self.flushed > FLUSH:
+            self.board.flush()
+            self.flushed = time.monotonic()
 
     def close(self, *error: object) -> None:
         if self.path is not None and self.board is not None:
@@ -121,14 +118,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, last_step: int) -> None:
-    """Rewrites the log up to the last record of `last_step`, without torn lines, whole or not at all."""
+    """Rewrites the log up to the last record of `last_step`, without torn lines."""
     with path.open(encoding="utf-8", errors="replace") as old:
         lines = [(record, line.rstrip("\n") + "\n") for line in old if (record := parse(line)) is not None]
     end = max((i + 1 for i, (record, _) in enumerate(lines)
                if record.get("step", math.inf) <= last_step and "event" not in record), default=0)
-    fresh = path.with_suffix(".tmp")
+    put(path, "".join(line for _, line in lines[:end]))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    fresh = path.with_name(f"{path.name}.tmp")
     with fresh.open("w", encoding="utf-8") as new:
-        new.writelines(line for _, line in lines[:end])
+        new.write(text)
         new.flush()
         os.fsync(new.fileno())
     os.replace(fresh, path)
