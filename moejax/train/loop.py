@@ -76,7 +76,7 @@ def train(config: Config) -> dict[str, Any]:
         checkpoints, layout = stack.enter_context(closing(Checkpoints(config))), states.abstract(sharded, optimizer)
         state, position = checkpoints.restore(layout) or (
             states.fresh(sharded, optimizer, beginning(sharded)), Position())
-        keep(config, sharded, run_dir)  # last, as both may be refused
+        keep(run_dir, belongings(config, sharded))  # last, as both may be refused
         meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)
         processes.barrier("restored")  # the log is cut back from here on
 
@@ -142,9 +142,7 @@ def train(config: Config) -> dict[str, Any]:
                          "set train.steps higher to go on")
         elif sharded.stages:
             progress.say("timing the pipeline with and without its idle ticks")
-            found = json.dumps(bubble(sharded, schedule, state.weights, batch))
-            if processes.first():
-                put(run_dir / "pipeline.json", found)
+            keep(run_dir, {"pipeline.json": json.dumps(bubble(sharded, schedule, state.weights, batch))})
     processes.barrier("done")  # one that ends long before the others counts as dead
     return record
 
@@ -222,11 +220,11 @@ def claim(config: Config) -> Path:
     return run_dir
 
 
-def keep(config: Config, sharded: Sharded, run_dir: Path) -> None:
-    """Write config.json, from when on the folder is this config's, the files of its tokenizer and summary.json, in the
-    first process of a group.  Raises ConfigError: the run began with another tokenizer.
+def belongings(config: Config, sharded: Sharded) -> dict[str, str]:
+    """The files of a run folder: config.json, from when on it is this config's, what there is to say of its model, and
+    its tokenizer.  Raises ConfigError: the run began with another tokenizer.
     """
-    files, kept = tokenizer_files(config.data.tokenizer), run_dir / TOKENIZER_FILE
+    files, kept = tokenizer_files(config.data.tokenizer), Path(config.run_dir) / TOKENIZER_FILE
     if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
         raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
                            f"of {kept}; put that one back, or set run_dir to a new folder"])
@@ -234,9 +232,12 @@ def keep(config: Config, sharded: Sharded, run_dir: Path) -> None:
     devices = f"{config.mesh.devices()} × {sharded.mesh.devices.flat[0].device_kind}"
     summary = json.dumps({"parameters": count, "active_parameters": active, "devices": devices,
                           "jax": jax.__version__, "python": platform.python_version()})
-    if processes.first():
-        for name, text in ({"config.json": configs.to_json(config), "summary.json": summary} | files).items():
-            put(run_dir / name, text)
+    return {"config.json": configs.to_json(config), "summary.json": summary} | files
+
+
+def keep(run_dir: Path, files: dict[str, str]) -> None:
+    for name, text in files.items() if processes.first() else ():
+        put(run_dir / name, text)
 
 
 def notes(config: Config, corpus: Corpus, sharded: Sharded, start: int) -> Iterator[str]:

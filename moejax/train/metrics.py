@@ -31,7 +31,7 @@ class MetricsLog(AbstractContextManager):
     """
 
     def __init__(self, run_dir: Path, from_step: int = 0, write: bool = True):
-        self.path = Path(run_dir) / FILE if write else None
+        self.path, self.board = Path(run_dir) / FILE if write else None, None
         if not write:
             return
         self.pictures = Path(run_dir) / "tensorboard"
@@ -63,7 +63,7 @@ class MetricsLog(AbstractContextManager):
             if "event" not in record:
                 self.draw(record)
         except OSError as error:
-            self.board = None
+            self.close()
             return str(error)
         return None
 
@@ -79,9 +79,10 @@ class MetricsLog(AbstractContextManager):
             self.flushed = time.monotonic()
 
     def close(self, *error: object) -> None:
-        if self.path is not None and self.board is not None:
-            with suppress(OSError):
-                self.board.close()
+        board, self.board = self.board, None
+        with suppress(OSError):
+            if board is not None:
+                board.close()
 
     __exit__ = close
 
