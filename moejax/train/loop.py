@@ -26,7 +26,7 @@ from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
 from moejax.train.begin import beginning
 from moejax.train.checkpoint import Checkpoints, Position, differences, first_line
-from moejax.train.fault import Stop, Watchdog, tell
+from moejax.train.fault import RunFailed, Stop, Watchdog, tell
 from moejax.train.metrics import FILE, MetricsLog, put, read_lines, read_metrics
 from moejax.train.optimizer import make_optimizer
 from moejax.train.progress import Progress
@@ -37,21 +37,13 @@ UNCLAIMED = ("config.json.tmp", "checkpoints")  # what a run may leave that coul
 REWINDS = 3  # to the same checkpoint
 
 
-class Diverged(RuntimeError):
-    """Too many bad steps, and going back to a checkpoint does not help."""
-
-
-class PeerLost(RuntimeError):
-    """Another process of the group does not answer."""
-
-
 def train(config: Config) -> dict[str, Any]:
     """Train until config.train.steps or a signal to stop, from the newest good checkpoint of the run if there is one.
 
     Returns: the last record of metrics.jsonl; with `stopped`, the signal's name, if there was one.
     Raises ConfigError: the run folder holds a run of another config; the text cannot be used; devices are missing;
-    every checkpoint is damaged.  Diverged: bad steps went on after the run had gone back and past their data REWINDS
-    times.  SaveFailed: the last state could not be written.  PeerLost: another process of the group has ended.
+    every checkpoint is damaged.  RunFailed: bad steps went on after the run had gone back and past their data REWINDS
+    times; the last state could not be written; another process of the group has ended.
     """
     began = time.perf_counter()
     if not config.model.layers:
@@ -148,14 +140,14 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.ndarray]]:
-    """The state after one more step, and its figures.  Raises PeerLost: another process of the group has ended."""
+    """The state after one more step, and its figures.  Raises RunFailed: another process of the group has ended."""
     try:
         state, figures = step(state, batch)
         return state, jax.device_get(figures)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise PeerLost(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
+        raise RunFailed(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
                        f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
 
 
@@ -170,13 +162,13 @@ def shared_corpus(config: Config) -> Corpus:
 def rewind(checkpoints: Checkpoints, layout: State, position: Position, record: dict[str, Any],
            rewinds: int) -> tuple[State, Position]:
     """The newest good state from before the bad steps, and its position with the data up to here behind it.  Raises
-    Diverged: there is none, or the run has gone back to it too often.
+    RunFailed: there is none, or the run has gone back to it too often.
     """
     found = checkpoints.restore(layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
     if found is None:
         newest = checkpoints.newest()
         kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint was written"
-        raise Diverged(
+        raise RunFailed(
             f"after train.fault.limit = {record['bad']} bad steps in a row a run goes back to a checkpoint, at most "
             f"{REWINDS} times to the same; at step {position.step} loss and gradient norm are {record['loss']} and "
             f"{record['grad_norm']}, and it has gone back {rewinds} times; {kept}; lower optimizer.lr or "

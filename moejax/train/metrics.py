@@ -5,7 +5,6 @@ checkpoint's step, so that however often a run was killed, the record is that of
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -54,8 +53,8 @@ class MetricsLog(AbstractContextManager):
         """
         if self.path is None:
             return None
-        record = strict(record)
-        self.waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # what is not finite is null
+        self.waiting += json.dumps(record).encode() + b"\n"
         try:
             with self.path.open("ab", buffering=0) as file:
                 while self.waiting:
@@ -122,9 +121,9 @@ def cut_back(path: Path, last_step: int) -> None:
     """Rewrites the log up to the last record of `last_step`, without torn lines."""
     with path.open(encoding="utf-8", errors="replace") as old:
         lines = [(record, line.rstrip("\n") + "\n") for line in old if (record := parse(line)) is not None]
-    end = max((i + 1 for i, (record, _) in enumerate(lines)
-               if record.get("step", math.inf) <= last_step and "event" not in record), default=0)
-    put(path, "".join(line for _, line in lines[:end]))
+    while lines and ("event" in lines[-1][0] or lines[-1][0]["step"] > last_step):
+        lines.pop()
+    put(path, "".join(line for _, line in lines))
 
 
 def put(path: Path, text: str) -> None:
@@ -143,17 +142,6 @@ def parse(line: str) -> dict[str, Any] | None:
         if isinstance(record := json.loads(line), dict):
             return record
     return None
-
-
-def strict(value: Any) -> Any:
-    """The value in what JSON can say: arrays as lists, numbers that are not finite as None."""
-    if hasattr(value, "tolist"):  # an array or array scalar, of whatever library
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tagged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -53,7 +53,6 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "moejax", "font.size": 10, "axe
 class Run:
     """A run folder, read."""
 
-    name: str
     config: Config
     records: list[dict[str, Any]]
     summary: dict[str, Any]  # with what was measured of the pipeline
@@ -101,9 +100,9 @@ def read_run(run_dir: Path) -> Run:
         config = from_json(config_file.read_text("utf-8"))
     except ConfigError as error:
         raise ConfigError([f"{config_file} cannot be read: {problem}" for problem in error.problems]) from None
-    more = [one for name in ("summary.json", "pipeline.json") for one in read_lines(run_dir / name)]
-    return Run(config.name or run_dir.resolve().name, config, records, {k: v for one in more for k, v in one.items()},
-               read_lines(run_dir / "samples.jsonl"), read_events(run_dir))
+    summary = {key: value for name in ("summary.json", "pipeline.json") for found in read_lines(run_dir / name)
+               for key, value in found.items()}
+    return Run(config, records, summary, read_lines(run_dir / "samples.jsonl"), read_events(run_dir))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -123,17 +122,21 @@ def curve(axes: Axes, steps: np.ndarray, values: np.ndarray, **looks: Any) -> No
     axes.xaxis.set_major_locator(ticks(7))
 
 
-def draw_loss(fig: FigureBase, run: Run) -> None:
-    axes, steps, loss = fig.subplots(), run.series("step"), run.series("loss")
-    validation, unigram = run.series("validation_loss"), middle(run.series("unigram_loss"))
+def smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, **looks: Any) -> None:
+    """What is measured, and its course."""
     if len(steps) > 1:
-        curve(axes, steps, loss, color=RAW, linewidth=0.7)
-    curve(axes, steps, smooth(loss), color=TRAIN, label="training")
+        curve(axes, steps, values, color=RAW, linewidth=0.7)
+    curve(axes, steps, smooth(values), color=TRAIN, **looks)
+
+
+def draw_loss(fig: FigureBase, run: Run) -> None:
+    axes, steps, validation = fig.subplots(), run.series("step"), run.series("validation_loss")
+    smoothed(axes, steps, run.series("loss"), label="training")
     seen = np.isfinite(validation)
     if seen.any():
         axes.plot(steps[seen], validation[seen], "o-" if seen.sum() <= 40 else "-", color=CHECK, markersize=4,
                   linewidth=1.2, label="validation")
-    if unigram is not None:
+    if (unigram := middle(run.series("unigram_loss"))) is not None:
         axes.axhline(unigram, color=UNIGRAM, linestyle="--", linewidth=1.2, label="unigram model")
     axes.set(title="Loss, nats per token", xlabel="step")
     axes.legend()
@@ -176,13 +179,10 @@ def draw_drops(fig: FigureBase, run: Run) -> None:
 
 
 def draw_series(fig: FigureBase, run: Run, **titles: str) -> None:
-    """Series by their key, one above the other: as they are, and smoothed."""
+    """Series by their key, one above the other."""
     steps, panels = run.series("step"), fig.subplots(len(titles), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        values = run.series(key)
-        if len(steps) > 1 and key != "lr":
-            curve(axes, steps, values, color=RAW, linewidth=0.7)
-        curve(axes, steps, values if key == "lr" else smooth(values), color=TRAIN)
+        smoothed(axes, steps, run.series(key))
         axes.set(title=title, ylim=(0, max(axes.get_ylim()[1] * 1.05, 1e-9)))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
@@ -300,25 +300,21 @@ def large(value: float | None) -> str:
 CSS = """
 :root{color-scheme:light dark;%s}
 @media (prefers-color-scheme:dark){:root{%s}}
-*{box-sizing:border-box}
 body{margin:0 auto;max-width:76rem;padding:1.5rem 1rem 3rem;background:var(--paper);color:var(--ink);
  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.7rem;line-height:1.2;margin:0;overflow-wrap:anywhere} h2{font-size:1.15rem;margin:2rem 0 .75rem}
-p{margin:.25rem 0 1.25rem;color:var(--soft)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:0 1.5rem;margin:0 0 1rem}
-dl div{border-top:1px solid var(--line);padding:.45rem 0} dt{font-size:.8rem;color:var(--soft)}
+h1{margin:0;overflow-wrap:anywhere} p,dt{color:var(--soft)}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:0 1.5rem}
+dl div{border-top:1px solid var(--line);padding:.45rem 0} dt{font-size:.8rem}
 dd{margin:0;white-space:pre-line;font-variant-numeric:tabular-nums}
 main{columns:2 24rem;column-gap:1.25rem}
-figure{break-inside:avoid;margin:0 0 1.25rem;border:1px solid var(--line);border-radius:.6rem;padding:.6rem}
+figure,pre{margin:0 0 1.25rem;border:1px solid var(--line);border-radius:.6rem;padding:.7rem;break-inside:avoid}
 svg{display:block;width:100%%;height:auto} svg text{font-family:inherit!important}
-pre{margin:0 0 1rem;padding:.8rem 1rem;border:1px solid var(--line);border-radius:.6rem;overflow-x:auto}
-pre,.samples dd{white-space:pre-wrap;overflow-wrap:anywhere;
- font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+pre,.samples dd{white-space:pre-wrap;overflow-wrap:anywhere;font:.85rem/1.5 ui-monospace,Menlo,Consolas,monospace}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%%,17.5rem),1fr));gap:1.25rem}
-.samples figure,.samples pre{margin:0} .samples pre{grid-column:1/-1} .samples dl{display:block;margin-top:.5rem}
+.samples figure,.samples pre{margin:0} .samples pre{grid-column:1/-1} .samples dl{display:block;margin:.5rem 0 0}
 img{display:block;width:16rem;max-width:100%%;margin:0 auto;image-rendering:pixelated}
-mark{background:var(--wrong);color:inherit;border-radius:.15rem}
-pre b{color:var(--train)} summary{cursor:pointer;font-weight:600;margin:1.5rem 0 .75rem}
+mark{background:var(--wrong);color:inherit} pre b{color:var(--train)}
+summary{cursor:pointer;font-weight:600;margin:1.5rem 0 .75rem}
 """
 
 PAGE = """<!doctype html>
@@ -345,8 +341,8 @@ def page(run: Run, figures: str) -> str:
     rows = "".join(f"<div><dt>{label}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts(run))
     samples = "".join(map(sample, run.samples))
     samples = samples and f'<h2>Samples</h2>\n<div class="samples">\n{samples}</div>\n'
-    return PAGE.format(name=html.escape(run.name), css=CSS % (light, dark), shape=shape, facts=rows, figures=figures,
-                       schedule=gantt(run), samples=samples, config=html.escape(to_json(run.config)))
+    return PAGE.format(name=html.escape(run.config.name), css=CSS % (light, dark), shape=shape, facts=rows,
+                       figures=figures, schedule=gantt(run), samples=samples, config=html.escape(to_json(run.config)))
 
 
 def gantt(run: Run) -> str:

@@ -87,11 +87,7 @@ def make_gradients(sharded: Sharded, schedule: Schedule | None = None) -> Callab
         gradients = {name: reduce(g, sharded.specs[name], places[name]) for name, g in gradients.items()}
         return gradients, collectives.total(figures, (*BATCH, "pipeline"))
 
-    return sharded.program(device, (batch_spec(sharded), P()), (places, P()))
-
-
-def batch_spec(sharded: Sharded) -> Any:
-    return Batch(*[rows(sharded.mesh.shape)] * len(Batch._fields))
+    return sharded.program(device, (rows(sharded.mesh.shape), P()), (places, P()))
 
 
 def pipelined(sharded: Sharded, schedule: Schedule, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch,
@@ -249,7 +245,7 @@ def make_evaluation(sharded: Sharded) -> Callable[[dict[str, Array], Batch], tup
             found = text_loss(model, output.hidden, batch, run), jnp.sum(batch.weights)
         return collectives.total(found, (*BATCH, "pipeline"))
 
-    return jax.jit(sharded.program(device, (batch_spec(sharded),), (P(), P())))
+    return jax.jit(sharded.program(device, (rows(sharded.mesh.shape),), (P(), P())))
 
 
 def validation_loss(sharded: Sharded, evaluation: Callable[..., Any], weights: dict[str, Array],

@@ -28,7 +28,7 @@ from moejax.parallel.axes import AXES, rows
 from moejax.train import state as states
 from moejax.train.fault import tell
 from moejax.train.optimizer import make_optimizer
-from moejax.train.step import batch_spec, make_gradients, make_update, pipeline_forwards, step_key
+from moejax.train.step import make_gradients, make_update, pipeline_forwards, step_key
 
 LOSS, GRADIENT = 1e-5, 1e-4
 
@@ -187,7 +187,7 @@ def make_decisions(sharded: Sharded) -> Any:
         found = sharded.stages.of_layers(found.reshape(*found.shape[:2], -1, *found.shape[4:]))
         return collectives.total(found, ("pipeline",))
 
-    return sharded.program(device, (batch_spec(sharded), P()), P(None, *rows(sharded.mesh.shape)))
+    return sharded.program(device, (rows(sharded.mesh.shape), P()), P(None, *rows(sharded.mesh.shape)))
 
 
 def compare(a: Run, b: Run) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from moejax.train.checkpoint import (
     Checkpoints,
     Damaged,
     Position,
-    SaveFailed,
+    RunFailed,
     adding,
     checksums,
     read_manifest,
@@ -370,17 +370,13 @@ def test_back_to_a_step_puts_the_newer_ones_aside(run):
 
 def test_going_back_waits_for_the_save_in_the_background(tmp_path, monkeypatch):
     """One that is being written has no manifest yet, and is not damaged."""
-    begun, said, make = threading.Event(), [], checkpoint.maker
+    begun, said, make = threading.Event(), [], checkpoint.SaveManifest.make
 
-    def slowly(*args):
-        made = make(*args)
+    def slowly(manifest):
+        begun.wait()
+        return make(manifest)
 
-        def wait():
-            begun.wait()
-            return made()
-        return wait
-
-    monkeypatch.setattr(checkpoint, "maker", slowly)
+    monkeypatch.setattr(checkpoint.SaveManifest, "make", slowly)
     with opened(tmp_path, said.append) as checkpoints:
         checkpoints.save(state_of(2), Position(2, 0))
         checkpoints.check(3)
@@ -662,7 +658,7 @@ def test_a_failure_is_told_and_tried_again_ever_more_seldom(run, monkeypatch):
 def test_a_failure_in_the_background_is_told_by_the_step_that_notices(run, monkeypatch):
     said = []
     with opened(run, said.append) as checkpoints:
-        monkeypatch.setattr(checkpoint, "maker", lambda *args: broken)
+        monkeypatch.setattr(checkpoint.SaveManifest, "make", broken)
         checkpoints.save(state_of(6), Position(6, 0))
         monkeypatch.undo()
         for _ in range(1000):
@@ -692,7 +688,7 @@ def test_a_folder_that_cannot_even_be_looked_at_for_a_while(run, monkeypatch):
 def test_a_failure_at_the_end_is_told_once(run, monkeypatch):
     """As when the run ends for another reason, which must not be hidden."""
     said = []
-    monkeypatch.setattr(checkpoint, "maker", lambda *args: broken)
+    monkeypatch.setattr(checkpoint.SaveManifest, "make", broken)
     with pytest.raises(ZeroDivisionError), opened(run, said.append) as checkpoints:
         checkpoints.save(state_of(6), Position(6, 0))
         raise ZeroDivisionError
@@ -717,7 +713,7 @@ def test_a_last_state_that_cannot_be_saved(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", broken)
     said = []
-    with opened(run, said.append) as checkpoints, pytest.raises(SaveFailed) as error:
+    with opened(run, said.append) as checkpoints, pytest.raises(RunFailed) as error:
         checkpoints.finish(state_of(6), Position(6, 0))
     assert str(error.value) == (
         "the checkpoint of step 6, the last, could not be saved; the last good one is of step 4; make room in "
@@ -728,7 +724,7 @@ def test_a_last_state_that_cannot_be_saved(run, monkeypatch):
 def test_processes_that_could_not_go_on_together_end(run, monkeypatch):
     with opened(run) as checkpoints:
         monkeypatch.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(SaveFailed) as error:
+        with pytest.raises(RunFailed) as error:
             checkpoints.failed(OSError("no"), 6)
         monkeypatch.undo()
     assert str(error.value) == "the checkpoint of step 6 could not be saved (no); the last good one is of step 4"
