@@ -125,10 +125,7 @@ class Manifest(ocp.AsyncCheckpointHandler):
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
-    def save(self, directory: Any, args: Any = None) -> None:
-        raise NotImplementedError("saved asynchronously only, and read by read_manifest")
-
-    restore = save
+    save = restore = None  # it is saved asynchronously only, and read by `read_manifest`
 
 
 @ocp.args.register_with_handler(Manifest, for_save=True, for_restore=True)

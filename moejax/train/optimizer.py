@@ -54,8 +54,7 @@ def dimensions(axes: str) -> contrib.MuonDimensionNumbers | None:
     return contrib.MuonDimensionNumbers(source, target)
 
 
-OPTIMIZERS: dict[str, Callable[[configs.Optimizer, optax.Schedule, Axes], optax.GradientTransformation]] = {
-    "adamw": adamw, "adafactor": adafactor, "muon": muon}
+OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
 
 
 def make_optimizer(o: configs.Optimizer, steps: int, axes: Axes) -> optax.GradientTransformation:
@@ -80,8 +79,7 @@ def rsqrt(o: configs.Optimizer, steps: int) -> optax.Schedule:
     return lambda step: o.lr * jnp.sqrt(start / (start + step))
 
 
-SCHEDULES: dict[str, Callable[[configs.Optimizer, int], optax.Schedule]] = {
-    "cosine": cosine, "wsd": wsd, "rsqrt": rsqrt}
+SCHEDULES = {"cosine": cosine, "wsd": wsd, "rsqrt": rsqrt}
 
 
 def learning_rate(o: configs.Optimizer, steps: int) -> Callable[[Array], Array]:

@@ -1,8 +1,4 @@
-"""What a person sees of a run while it trains: a bar on a terminal, plain lines anywhere else.
-
-The training loop drives it with the records that it also logs.  It draws on stderr, so that stdout stays
-free for results (`--json`).
-"""
+"""What a person sees of a run while it trains, on stderr: a bar on a terminal, plain lines anywhere else."""
 
 import time
 from collections.abc import Callable
@@ -30,17 +26,16 @@ class Progress:
         self.bar = rich.progress.Progress(
             SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}", markup=False), console=self.console, expand=True,
-            refresh_per_second=4, redirect_stdout=False, get_time=clock, speed_estimate_period=WINDOW)
+            refresh_per_second=4, redirect_stdout=False, get_time=clock, speed_estimate_period=WINDOW,
+            disable=self.plain)
         self.task = self.bar.add_task("", total=steps, completed=start, figures="compiling the first step")
 
     def __enter__(self) -> "Progress":
-        if not self.plain:
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.plain:
-            self.bar.stop()
+        self.bar.stop()
 
     def update(self, record: dict[str, Any]) -> None:
         """Shows the record of a step that has ended."""
