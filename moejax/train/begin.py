@@ -75,11 +75,8 @@ def adopt(folder: Path, there: Config, sharded: Sharded) -> dict[str, Array]:
 
 def restack(name: str, rows: list[tuple[str, int | None]], values: dict[str, Array], sharded: Sharded) -> Array:
     """A weight of this model out of rows of others."""
-    sources = list(dict.fromkeys(source for source, _ in rows))
-    if len(sources) == 1 and [row for _, row in rows] in ([None], list(range(len(values[sources[0]])))):
-        return jax.device_put(values[sources[0]], sharded.shardings[name])
-    begin = {source: sum(len(values[other]) for other in sources[:i]) for i, source in enumerate(sources)}
-    index = [begin[source] + row for source, row in rows]
-    take = jax.jit(lambda *stacks: jnp.take(jnp.concatenate(stacks), jnp.asarray(index), 0),
-                   out_shardings=sharded.shardings[name])
-    return take(*(values[source] for source in sources))
+    stacks = {source: values[source] for source, _ in rows}
+    (first, *others), place = stacks.values(), sharded.shardings[name]
+    if not others and [row for _, row in rows] in ([None], list(range(len(first)))):
+        return jax.device_put(first, place)
+    return jax.jit(lambda stacks: jnp.stack([stacks[source][row] for source, row in rows]), out_shardings=place)(stacks)

@@ -348,7 +348,7 @@ class Checkpoints:
             self.failed(error, position.step)
 
     def check(self, step: int, wait: bool = False) -> None:
-        """Tells, after a step, if the save in the background has failed."""
+        """Tells, after a step, if the save in the background has failed; of one that goes on only if it shall wait."""
         try:
             if wait or (self.saving is not None and not self.manager.is_saving_in_progress()):
                 self.settle()
@@ -380,13 +380,10 @@ class Checkpoints:
         """Write the last state, and wait until it is there.  Raises RunFailed after several attempts."""
         for pause in (0, 1, 5):
             time.sleep(pause)
-            try:
-                self.settle()
-                if self.newest() != position.step:
-                    self.save(state, position)
-                    self.settle()
-            except Exception as error:
-                self.failed(error, position.step)
+            self.check(position.step, wait=True)
+            if self.newest() != position.step:
+                self.save(state, position)
+                self.check(position.step, wait=True)
             if self.newest() == position.step:
                 return
         raise RunFailed(f"the checkpoint of step {position.step}, the last, could not be saved; {self.last()}; "

@@ -54,7 +54,10 @@ def train(config: Config) -> dict[str, Any]:
     meshes.start(config.mesh, config.train.fault.heartbeat)
     with Watchdog(config.train.fault.stall) as watchdog, Stop() as stop, ExitStack() as stack:
         # Build
-        corpus = shared_corpus(config)
+        for turn in (True, False):  # the first process of a group fills the cache, then the others read it
+            if processes.first() is turn:
+                corpus = open_corpus(config.data, config.model.vocab)
+            processes.barrier("text")
         sharded = Sharded(config, meshes.make_mesh(config.mesh))
         optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
         step, evaluation = make_step(sharded, optimizer, schedule), make_evaluation(sharded)
@@ -69,7 +72,7 @@ def train(config: Config) -> dict[str, Any]:
         state, position = checkpoints.restore(layout) or (
             states.fresh(sharded, optimizer, beginning(sharded)), Position())
         keep(run_dir, belongings(config, sharded))  # last, as both may be refused
-        meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)
+        meter = Meter(config, sharded, read_lines(run_dir / FILE), began)
         processes.barrier("restored")  # the log is cut back from here on
 
         # Train
@@ -118,7 +121,7 @@ def train(config: Config) -> dict[str, Any]:
                 state, back = rewind(checkpoints, layout, position, record, rewinds)
                 log.write({"event": "rewind", "step": number, "to": back.step, "offset": back.offset})
                 tell(f"back to the checkpoint of step {back.step}, and past the data up to here")
-                meter.rewind(back.step)
+                meter.restart()
                 position, rewinds, owed = back, rewinds + 1, False
             elif number == last or signal:
                 checkpoints.finish(state, position)
@@ -149,14 +152,6 @@ def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.
             raise
         raise RunFailed(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
                        f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
-
-
-def shared_corpus(config: Config) -> Corpus:
-    """The first process of a group fills the cache; the others read it."""
-    if processes.first():
-        corpus = open_corpus(config.data, config.model.vocab)
-    processes.barrier("text")
-    return corpus if processes.first() else open_corpus(config.data, config.model.vocab)
 
 
 def rewind(checkpoints: Checkpoints, layout: State, position: Position, record: dict[str, Any],
@@ -194,8 +189,6 @@ def claim(config: Config) -> Path:
     """The run folder, made if need be.  Raises ConfigError: it holds another's run or files, or cannot be made."""
     run_dir = Path(config.run_dir)
     path = run_dir / "config.json"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError([f"run_dir is a folder; {run_dir} is a file; set run_dir to another path"])
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=run_dir).close()
@@ -253,22 +246,17 @@ class Meter:
     steps whose update is in the weights, but for the first step of a process, which compiles.
     """
 
-    def __init__(self, config: Config, sharded: Sharded, before: list[dict[str, Any]], start: int, began: float):
+    def __init__(self, config: Config, sharded: Sharded, before: list[dict[str, Any]], began: float):
         self.tokens = config.data.batch * config.data.sequence
         peak = meshes.peak_flops(sharded.mesh.devices.flat[0]) * config.mesh.devices()
         self.utilisation = 3 * sharded.flops_per_token() / peak  # per token a second; backward is twice forward
         timed = [record for record in before if "wall_s" in record]
         self.began = began - (timed[-1]["wall_s"] if timed else 0.0)
-        self.productive = {record["step"]: record["goodput"] * record["wall_s"] for record in timed
-                           if record["step"] <= start}
+        self.productive = {record["step"]: record["goodput"] * record["wall_s"] for record in timed}  # s, up to a step
         self.first, self.since = True, time.perf_counter()
 
     def restart(self) -> None:
         self.since = time.perf_counter()
-
-    def rewind(self, step: int) -> None:
-        self.productive = {at: seconds for at, seconds in self.productive.items() if at <= step}
-        self.restart()
 
     def record(self, number: int, figures: dict[str, np.ndarray], reading: float) -> dict[str, Any]:
         """Args: reading: seconds of the step that went by before its batch was there."""

@@ -23,10 +23,9 @@ FLUSH = 10  # seconds between looks that TensorBoard may take
 
 
 class MetricsLog(AbstractContextManager):
-    """Appends records to `run_dir/metrics.jsonl`.  Write a step's record before saving its checkpoint.
-
-    It goes on after `from_step`: what the log holds from later, or half-written, is dropped.  Without `write`, as in
-    the processes of a group that leave it to the first, nothing is written.
+    """Appends records to `run_dir/metrics.jsonl`, after `from_step`: what it holds from later, or half-written, is
+    dropped.  A step's record comes before its checkpoint.  Without `write`, as in the processes of a group that leave
+    it to the first, nothing is written.
     """
 
     def __init__(self, run_dir: Path, from_step: int = 0, write: bool = True):

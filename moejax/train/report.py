@@ -1,7 +1,7 @@
 """The story of a run on one page: `report.html`, which needs nothing but itself, and `report.png` for a README.
 
-Reads what the training loop left in a run folder.  The pictures are drawn once, in the colours of `COLOURS`; in the
-page these are CSS variables, so that they follow the reader's light or dark scheme.
+The pictures are drawn once, in the colours of `COLOURS`; in the page these are CSS variables, so that they follow the
+reader's light or dark scheme.
 """
 
 import base64
@@ -90,8 +90,8 @@ def read_run(run_dir: Path) -> Run:
     if not config_file.is_file():
         near = sorted(str(other.parent) for other in run_dir.parent.glob("*/config.json"))
         hint = f", such as {', '.join(near[:3])}" if near else ""
-        missing = "has no config.json" if run_dir.is_dir() else "does not exist"
-        raise ConfigError([f"a report is of a run folder; {run_dir} {missing}; give a training run's run_dir{hint}"])
+        raise ConfigError([f"a report is of a run folder; {run_dir} has no config.json; give a training run's run_dir"
+                           f"{hint}"])
     records = read_metrics(run_dir)
     if not records:
         raise ConfigError([

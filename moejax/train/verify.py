@@ -101,7 +101,12 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
             found.setdefault(case, name)
 
     def fit(*axes: str) -> configs.Mesh | None:
-        return largest(config, axes, devices)
+        """The mesh of these axes, each 2 or longer, that uses the most of the devices and that the config allows."""
+        every = (configs.Mesh(**dict(zip(axes, lengths, strict=True)))
+                 for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)))
+        allowed = (mesh for mesh in every if mesh.devices() <= devices)
+        return max((mesh for mesh in allowed if not configs.check(replace(config, mesh=mesh))),
+                   key=configs.Mesh.devices, default=None)
 
     for count in (1, 2, 3):
         for axes in itertools.combinations(("data", "fsdp", "pipeline", "expert", "tensor"), count):
@@ -127,14 +132,6 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
     # The balance loss of a batch is defined over a microbatch.
     return [(name, case) for case, name in found.items()
             if case.train.microbatches == 1 or config.model.moe.balance_scope != "batch"]
-
-
-def largest(config: Config, axes: tuple[str, ...], devices: int) -> configs.Mesh | None:
-    """The mesh of these axes, each 2 or longer, that uses the most of the devices and that the config allows."""
-    every = (configs.Mesh(**dict(zip(axes, lengths, strict=True)))
-             for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)))
-    fit = [mesh for mesh in every if mesh.devices() <= devices and not configs.check(replace(config, mesh=mesh))]
-    return max(fit, key=configs.Mesh.devices, default=None)
 
 
 def describe(mesh: configs.Mesh) -> str:

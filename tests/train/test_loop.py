@@ -251,10 +251,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path, config):
 def test_a_file_is_no_run_folder(tmp_path, config):
     path = tmp_path / "file"
     path.write_text("text")
-    assert problem_of(replace(config, run_dir=str(path))) == (
-        f"run_dir is a folder; {path} is a file; set run_dir to another path")
-    found = problem_of(replace(config, run_dir=str(path / "below")))
-    assert found.startswith(f"run_dir must name a folder that can be written; {path}/below is not (")
+    for run_dir in (path, path / "below"):
+        found = problem_of(replace(config, run_dir=str(run_dir)))
+        assert found.startswith(f"run_dir must name a folder that can be written; {run_dir} is not (")
     assert files(tmp_path) == {str(path): b"text"}
 
 
