@@ -147,7 +147,7 @@ class SaveManifest(ocp.args.CheckpointArgs):
 
 
 def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
-    """What was made, the checksums summed over the processes that wrote.  Raises Damaged: not as it was written."""
+    """That of a step, its checksums summed over the processes that wrote.  Raises Damaged: not as it was written."""
     whole = read_part(folder, step, 0)
     others = [read_part(folder, step, process)["arrays"] for process in range(1, whole["processes"])]
     for name, one in whole["arrays"].items():
@@ -380,14 +380,13 @@ class Checkpoints:
         """Write the last state, and wait until it is there.  Raises RunFailed after several attempts."""
         for pause in (0, 1, 5):
             time.sleep(pause)
-            self.check(position.step, wait=True)
             if self.newest() != position.step:
                 self.save(state, position)
                 self.check(position.step, wait=True)
             if self.newest() == position.step:
                 return
         raise RunFailed(f"the checkpoint of step {position.step}, the last, could not be saved; {self.last()}; "
-                         f"make room in {self.folder} and start the run again")
+                        f"make room in {self.folder} and start the run again")
 
     def restore(self, abstract: State, before: float = math.inf) -> tuple[State, Position] | None:
         """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""

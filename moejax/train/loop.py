@@ -151,7 +151,7 @@ def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.
         if jax.process_count() == 1:
             raise
         raise RunFailed(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
-                       f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
+                        f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
 
 
 def rewind(checkpoints: Checkpoints, layout: State, position: Position, record: dict[str, Any],
