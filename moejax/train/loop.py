@@ -176,11 +176,11 @@ def bubble(sharded: Sharded, schedule: Schedule, weights: dict[str, jax.Array], 
     """The idle share of a step's gradients: counted, and measured against the same ops without the idle ticks."""
     programs = [jax.jit(make_gradients(sharded, table)) for table in (schedule, schedules.without_idle(schedule))]
     seconds = np.zeros((4, 2))
-    for round_, which in np.ndindex(seconds.shape):
+    for turn, which in np.ndindex(seconds.shape):
         begin = time.perf_counter()
         jax.block_until_ready(programs[which](weights, batch, jax.random.key(0)))
-        seconds[round_, which] = time.perf_counter() - begin
-    step, busy = np.median(seconds[1:], 0).tolist()  # the first compile
+        seconds[turn, which] = time.perf_counter() - begin
+    step, busy = np.median(seconds[1:], 0).tolist()  # the first turn compiles
     return {"schedule": schedule.name, "bubble": schedule.bubble(), "bubble_measured": 1 - busy / step,
             "step_s": step, "busy_s": busy}
 

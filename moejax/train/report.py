@@ -199,14 +199,13 @@ DRAWINGS: dict[Callable[[FigureBase, Run], None], str] = {  # and what they show
     draw_load: "Load of every expert over the steps, a map per MoE layer",
     draw_router: "Balance loss and router z-loss over the steps",
     draw_speed: "Tokens per second over the steps"}
-OF_EXPERTS = (draw_load, draw_drops, draw_router)
 
 
 def figures(run: Run) -> str:
     """The drawings as <figure>s with inline SVG, narrow enough to stay readable on a phone."""
     made = ""
     for number, (draw, words) in enumerate(DRAWINGS.items()):
-        if draw in OF_EXPERTS and not run.shown():
+        if draw in (draw_load, draw_drops, draw_router) and not run.shown():
             continue
         height = 1.2 + 0.55 * max(len(run.shown()), 4) if draw is draw_load else 3.4 if draw is draw_loss else 2.9
         fig, out = Figure((5.2, height), layout="constrained"), io.StringIO()
