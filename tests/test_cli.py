@@ -87,7 +87,7 @@ def test_a_run_folder_of_another_config(trained, folder, capfd):
 
 def test_a_run_that_fails_exits_with_1(folder, capfd, monkeypatch):
     def diverge(config):
-        raise loop.Diverged("loss and gradient norm must be finite")
+        raise loop.RunFailed("loss and gradient norm must be finite")
 
     monkeypatch.setattr(loop, "train", diverge)
     assert main(["train", str(folder / "mine.py"), "--json"]) == 1

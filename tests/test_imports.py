@@ -11,8 +11,7 @@ from moejax import config as configs
 from moejax.model.dispatch import DISPATCHERS
 from moejax.model.layers import ACTIVATIONS
 from moejax.model.router import ROUTERS
-from moejax.train.lr import SCHEDULES
-from moejax.train.optimizer import OPTIMIZERS
+from moejax.train.optimizer import OPTIMIZERS, SCHEDULES
 
 ROOT = Path(moejax.__file__).parent
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}

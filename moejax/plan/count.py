@@ -22,10 +22,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from moejax.config import Config
 from moejax.data.batch import Batch, Images
 from moejax.model.sharded import Sharded
-from moejax.parallel.axes import AXES
+from moejax.parallel.axes import AXES, rows
 from moejax.train import state as states
 from moejax.train.optimizer import make_optimizer
-from moejax.train.step import batch_spec, make_step
+from moejax.train.step import make_step
 
 # What a device sends of x bytes that it holds before, to n devices, as rings do it.
 SENT = {"all_reduce": lambda x, n: 2 * x * (n - 1) / n, "reduce_scatter": lambda x, n: x * (n - 1) / n,
@@ -74,19 +74,17 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh | None = None) -> tup
                                 axis_types=(AxisType.Auto,) * len(AXES))
     sharded = Sharded(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
-    place, rows, seen = NamedSharding(mesh, batch_spec(sharded).tokens), config.data.batch, config.data.images
+    place, seen = NamedSharding(mesh, rows(mesh.shape)), config.data.images
 
     def kind(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=place)
 
     tokens, images, told = config.data.sequence, None, config.model.encoder()
     if seen:
         pixels = kind(jnp.uint8, seen, config.model.looks().frames, told.size, told.size, 3)
         images = Images(pixels, kind(jnp.int32, seen), kind(jnp.bool_, tokens, seen))
     batch = Batch(kind(jnp.int32, tokens), kind(jnp.int32, tokens), kind(jnp.float32, tokens), kind(jnp.int32), images)
-    state = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                         states.abstract(sharded, optimizer), states.shardings(sharded, optimizer))
-    return sharded, make_step(sharded, optimizer), (state, batch)
+    return sharded, make_step(sharded, optimizer), (states.abstract(sharded, optimizer), batch)
 
 
 def trace(config: Config) -> Count:

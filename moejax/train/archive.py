@@ -12,17 +12,12 @@ import orbax.checkpoint as ocp
 from jax import P
 from jax.sharding import Mesh, NamedSharding
 
-from moejax import config as configs
 from moejax.config import ConfigError
-from moejax.train.checkpoint import Damaged, open_run, portions, read, read_manifest
+from moejax.train.checkpoint import Damaged, config_of, open_run, portions, read, read_manifest
 
 
 def open_folder(run: str) -> ocp.CheckpointManager:
-    """The checkpoints of a run folder, to read.  Raises ConfigError if it is none, or holds no checkpoint."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise ConfigError([f"a run folder holds a config.json; {run} has none; give the run_dir of a training run"])
-    return open_run(configs.from_json(path.read_text()).checkpoint, run)
+    return open_run(config_of(Path(run)).checkpoint, run)
 
 
 def contents(run: str) -> list[dict[str, Any]]:
@@ -32,7 +27,7 @@ def contents(run: str) -> list[dict[str, Any]]:
         try:
             manifest = read_manifest(manager.directory, step)
         except Damaged as error:
-            rows.append({"step": step, "damaged": str(error)})
+            rows.append({"step": step, "damaged": error.what})
             continue
         arrays, saved = manifest["arrays"].values(), (manager.directory / str(step)).stat().mtime
         rows.append({"step": step, "tokens": manifest["tokens"], "arrays": len(arrays),
@@ -50,7 +45,7 @@ def verify(run: str) -> dict[int, str]:
             for _ in pieces(manager, step, read_manifest(manager.directory, step)["arrays"]):
                 pass
         except Damaged as error:
-            found[step] = str(error)
+            found[step] = error.what
     return found
 
 
@@ -61,13 +56,14 @@ def diff(a: str, b: str) -> dict[str, Any]:
     Raises ConfigError: there is no such checkpoint; Damaged: one of them is not as it was saved.
     """
     (first, step_a), (second, step_b) = pick(a), pick(b)
-    arrays, others = next(sound(first, step_a, None)), next(sound(second, step_b, None))
+    arrays = read_manifest(first.directory, step_a)["arrays"]
+    others = read_manifest(second.directory, step_b)["arrays"]
     differ = {name: f"only in {a if name in arrays else b}" for name in sorted(arrays.keys() ^ others.keys())}
     kinds = {name: [f"{one['dtype']}{one['shape']}" for one in (arrays[name], others[name])]
              for name in sorted(arrays.keys() & others.keys())}
     differ |= {name: f"{kind} and {other}" for name, (kind, other) in kinds.items() if kind != other}
     shared = {name: arrays[name] for name in kinds if name not in differ}
-    for left, right in zip(sound(first, step_a, shared), sound(second, step_b, shared), strict=True):
+    for left, right in zip(pieces(first, step_a, shared), pieces(second, step_b, shared), strict=True):
         differ |= {name: what for name in left if (what := compare(left[name], right[name]))}
     return {"a": f"{first.directory}@{step_a}", "b": f"{second.directory}@{step_b}",
             "arrays": len(arrays.keys() | others.keys()), "differ": differ}
@@ -86,23 +82,12 @@ def pick(name: str) -> tuple[ocp.CheckpointManager, int]:
 
 
 def pieces(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any]) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays, checked, on this host, a portion at a time."""
+    """The arrays, checked, on this host, a portion at a time.  Raises Damaged."""
     place = NamedSharding(Mesh(jax.local_devices(backend="cpu")[:1], "one"), P())
     kinds = {name: jax.ShapeDtypeStruct(tuple(one["shape"]), one["dtype"], sharding=place)
              for name, one in arrays.items()}
     for some in portions(kinds):
         yield jax.device_get(read(manager, step, some)[0])
-
-
-def sound(manager: ocp.CheckpointManager, step: int, arrays: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """`pieces`, or without arrays what the manifest says of them; damage is told with its place."""
-    try:
-        if arrays is None:
-            yield read_manifest(manager.directory, step)["arrays"]
-        else:
-            yield from pieces(manager, step, arrays)
-    except Damaged as error:
-        raise Damaged(f"step {step} in {manager.directory} is damaged: {error}") from None
 
 
 def compare(a: np.ndarray, b: np.ndarray) -> str:

@@ -9,46 +9,31 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import NamedSharding
 
-from moejax import config as configs
 from moejax.config import Config, ConfigError
 from moejax.model import transformer, weights
 from moejax.model.sharded import Sharded
 from moejax.model.stages import prefix_of
 from moejax.model.weights import group
 from moejax.parallel import axes
-from moejax.train.checkpoint import differences, restore_weights
+from moejax.train.checkpoint import config_of, differences, restore_weights
 from moejax.train.fault import tell
 
 
-def beginning(sharded: Sharded) -> dict[str, Array] | None:
-    """The weights of train.init, if it names runs: each weight from the first that has it, and fresh where none has.
+def beginning(sharded: Sharded) -> dict[str, Array]:
+    """The weights of the runs that train.init names: each weight from the first that has it, and fresh where none has.
     Raises ConfigError: one is no run folder, or has nothing of this model, or as `adopt`.
     """
     found: dict[str, Array] = {}
     folders = [Path(name.strip()) for name in sharded.config.train.init.split(",") if name.strip()]
-    if not folders:
-        return None
     for folder, config in {folder: config_of(folder) for folder in folders}.items():  # all are read before any is used
         if unlike := [what for what in differences(config, sharded.config) if what.startswith("model.")]:
             tell(f"this model is not that of {folder}: {'; '.join(unlike)}")
         found = adopt(folder, config, sharded) | found
-    if fresh := [name for name in sharded.shapes if name not in found]:
+    fresh = [name for name in sharded.shapes if name not in found]
+    if folders and fresh:
         tell(f"{len(fresh)} of {len(sharded.shapes)} weights are in none of {', '.join(map(str, folders))} and start "
              f"fresh ({', '.join(sorted({group(name) for name in fresh}))})")
     return found | sharded.init(sharded.config.train.seed, fresh)
-
-
-def config_of(folder: Path) -> Config:
-    """The config of a run folder.  Raises ConfigError where it is none."""
-    path, rule = folder / "config.json", f"train.init names run folders; {folder}"
-    if not path.is_file():
-        raise ConfigError([f"{rule} holds no config.json; name another"])
-    if '"model_type"' in path.read_text():
-        raise ConfigError([f"{rule} is a Hugging Face checkpoint; make a run of it with moejax import {folder} RUN"])
-    try:
-        return configs.from_json(path.read_text())
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
 
 
 def adopt(folder: Path, there: Config, sharded: Sharded) -> dict[str, Array]:
@@ -90,11 +75,8 @@ def adopt(folder: Path, there: Config, sharded: Sharded) -> dict[str, Array]:
 
 def restack(name: str, rows: list[tuple[str, int | None]], values: dict[str, Array], sharded: Sharded) -> Array:
     """A weight of this model out of rows of others."""
-    sources = list(dict.fromkeys(source for source, _ in rows))
-    if len(sources) == 1 and [row for _, row in rows] in ([None], list(range(len(values[sources[0]])))):
-        return jax.device_put(values[sources[0]], sharded.shardings[name])
-    begin = {source: sum(len(values[other]) for other in sources[:i]) for i, source in enumerate(sources)}
-    index = [begin[source] + row for source, row in rows]
-    take = jax.jit(lambda *stacks: jnp.take(jnp.concatenate(stacks), jnp.asarray(index), 0),
-                   out_shardings=sharded.shardings[name])
-    return take(*(values[source] for source in sources))
+    stacks = {source: values[source] for source, _ in rows}
+    (first, *others), place = stacks.values(), sharded.shardings[name]
+    if not others and [row for _, row in rows] in ([None], list(range(len(first)))):
+        return jax.device_put(first, place)
+    return jax.jit(lambda stacks: jnp.stack([stacks[source][row] for source, row in rows]), out_shardings=place)(stacks)

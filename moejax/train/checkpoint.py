@@ -31,7 +31,7 @@ from moejax.config import Config, ConfigError
 from moejax.model.sharded import Sharded
 from moejax.parallel import processes
 from moejax.parallel.memory import host_array
-from moejax.train.fault import tell
+from moejax.train.fault import RunFailed, tell
 from moejax.train.state import State
 
 FILE = "process_{}.json"  # of the manifest
@@ -48,16 +48,16 @@ FREE = ("name", "run_dir", "mesh.", "data.cache", "train.steps", "train.microbat
 class Position(NamedTuple):
     """Where a run is, beside its arrays."""
 
-    step: int
-    offset: int  # batches that were stepped over; step s reads batch s - 1 + offset
+    step: int = 0
+    offset: int = 0  # batches that were stepped over; step s reads batch s - 1 + offset
 
 
 class Damaged(RuntimeError):
     """A checkpoint does not hold what was saved."""
 
-
-class SaveFailed(RuntimeError):
-    """The last state of a run could not be written."""
+    def __init__(self, folder: epath.Path, step: int, what: str):
+        super().__init__(f"step {step} in {folder} is damaged: {what}")
+        self.what = what
 
 
 def checksums(arrays: dict[str, Array]) -> Array:
@@ -125,24 +125,33 @@ class Manifest(ocp.AsyncCheckpointHandler):
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="manifest")]
 
-    def save(self, directory: Any, args: Any = None) -> None:
-        raise NotImplementedError("saved asynchronously only, and read by read_manifest")
-
-    restore = save
+    save = restore = None  # it is saved asynchronously only, and read by `read_manifest`
 
 
 @ocp.args.register_with_handler(Manifest, for_save=True, for_restore=True)
 @dataclass
 class SaveManifest(ocp.args.CheckpointArgs):
-    make: Callable[[], dict[str, Any]]
+    config: Config
+    position: Position
+    kinds: dict[str, dict[str, Any]]
+    sums: Array  # of `checksums`
+
+    def make(self) -> dict[str, Any]:
+        """The manifest; waits for the checksums of this process's shards."""
+        mine = np.sum([np.asarray(shard.data)[:, 0] for shard in self.sums.addressable_shards], 0, dtype=np.uint32)
+        data, names = self.config.data, zip(self.kinds.items(), mine, strict=True)
+        return self.position._asdict() | {
+            "processes": jax.process_count(), "tokens": self.position.step * data.batch * data.sequence,
+            "rng": random_kind(self.config), "config": json.loads(configs.to_json(self.config)),
+            "arrays": {name: kind | {"checksum": int(one)} for (name, kind), one in names}}
 
 
 def read_manifest(folder: epath.Path, step: int) -> dict[str, Any]:
-    """What `maker` made, the checksums summed over the processes that wrote.  Raises Damaged: not as it was written."""
+    """That of a step, its checksums summed over the processes that wrote.  Raises Damaged: not as it was written."""
     whole = read_part(folder, step, 0)
-    for process in range(1, whole["processes"]):
-        for name, one in read_part(folder, step, process)["arrays"].items():
-            whole["arrays"][name]["checksum"] = (whole["arrays"][name]["checksum"] + one["checksum"]) % 2**32
+    others = [read_part(folder, step, process)["arrays"] for process in range(1, whole["processes"])]
+    for name, one in whole["arrays"].items():
+        one["checksum"] = sum(arrays[name]["checksum"] for arrays in (whole["arrays"], *others)) % 2**32
     return whole
 
 
@@ -151,9 +160,9 @@ def read_part(folder: epath.Path, step: int, process: int) -> dict[str, Any]:
         found = json.loads((folder / str(step) / "manifest" / FILE.format(process)).read_text())
         made = json.loads(found["of"]) if found["crc32"] == zlib.crc32(found["of"].encode()) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"its manifest cannot be read ({type(error).__name__})") from None
+        raise Damaged(folder, step, f"its manifest cannot be read ({type(error).__name__})") from None
     if made.get("step") != step:
-        raise Damaged("its manifest is not as it was written")
+        raise Damaged(folder, step, "its manifest is not as it was written")
     return made
 
 
@@ -168,6 +177,20 @@ def differences(there: Config, here: Config) -> list[str]:
     old, new = dict(configs.leaves(there)), dict(configs.leaves(here))
     return [f"{name} is {old[name][1]!r} there and {new[name][1]!r} here" for name in new
             if old[name][1] != new[name][1] and not name.startswith(FREE)]
+
+
+def config_of(run_dir: Path) -> Config:
+    """The config of a run folder.  Raises ConfigError where it is none."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ConfigError([f"what is meant is a run folder; {run_dir} holds no config.json; name another"])
+    if '"model_type"' in path.read_text():
+        raise ConfigError([f"what is meant is a run folder; {run_dir} is a Hugging Face checkpoint; make a run of it "
+                           f"with moejax import {run_dir} RUN"])
+    try:
+        return configs.from_json(path.read_text())
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
 
 
 def folder_of(rules: configs.Checkpoint, run_dir: str | Path) -> epath.Path:
@@ -229,9 +252,10 @@ def read(manager: ocp.CheckpointManager, step: int, targets: dict[str, jax.Shape
         if isinstance(error, MemoryError) or any(word in str(error).lower() for word in NOT_DAMAGE):
             raise
         told = first_line(error).partition(" See full")[0]
-        raise Damaged(f"it cannot be read ({type(error).__name__}: {told})") from None
+        raise Damaged(manager.directory, step, f"it cannot be read ({type(error).__name__}: {told})") from None
     if wrong := [name for name in found if int(found[name]) != manifest["arrays"][name]["checksum"]]:
-        raise Damaged(f"{len(wrong)} of its {len(found)} arrays are not as they were saved, first {wrong[0]}")
+        raise Damaged(manager.directory, step, f"{len(wrong)} of its {len(found)} arrays are not as they were saved, "
+                                               f"first {wrong[0]}")
     return arrays, manifest
 
 
@@ -278,7 +302,7 @@ def newest_good(manager: ocp.CheckpointManager, targets: dict[str, jax.ShapeDtyp
         try:
             return step, *read(manager, step, targets)
         except Damaged as error:
-            say(f"the checkpoint of step {step} in {manager.directory} is damaged: {error}")
+            say(f"the checkpoint of {error}")
     if steps:
         raise ConfigError([f"a run goes on from a good checkpoint; all in {manager.directory} are damaged "
                            f"(steps {', '.join(map(str, reversed(steps)))}); bring one back from a copy, or set "
@@ -310,22 +334,21 @@ class Checkpoints:
 
     def save(self, state: State, position: Position) -> None:
         """Begin to write the state after position.step steps.  A failure is told, and tried again later."""
-        self.begin(flat(state), position)
-
-    def begin(self, arrays: dict[str, Array], position: Position) -> None:
-        make = maker(self.config, position, arrays, checksums(arrays))  # which the devices compute meanwhile
+        arrays = flat(state)
+        kinds = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in arrays.items()}
+        manifest = SaveManifest(self.config, position, kinds, checksums(arrays))  # which the devices compute meanwhile
         try:
             self.settle()
             if self.patience:
                 self.open()  # what is there now
             self.saving = position.step
             self.manager.save(position.step, force=True, args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeSave(arrays), manifest=SaveManifest(make)))
+                arrays=ocp.args.PyTreeSave(arrays), manifest=manifest))
         except Exception as error:
             self.failed(error, position.step)
 
     def check(self, step: int, wait: bool = False) -> None:
-        """Tells, after a step, if the save in the background has failed."""
+        """Tells, after a step, if the save in the background has failed; of one that goes on only if it shall wait."""
         try:
             if wait or (self.saving is not None and not self.manager.is_saving_in_progress()):
                 self.settle()
@@ -339,13 +362,13 @@ class Checkpoints:
             self.saving, self.patience = None, 0
 
     def failed(self, error: Exception, step: int) -> None:
-        """Raises SaveFailed in a group of processes, which could not go on together."""
+        """Raises RunFailed in a group of processes, which could not go on together."""
         which, self.saving = self.saving, None
         self.patience = min(max(2 * self.patience, 1), self.config.checkpoint.every)
         self.again = step + self.patience
         what = f"the checkpoint of step {which or step} could not be saved ({first_line(error)})"
         if jax.process_count() > 1:
-            raise SaveFailed(f"{what}; {self.last()}")
+            raise RunFailed(f"{what}; {self.last()}")
         with suppress(OSError):
             self.open()
         self.say(f"{what}; {self.last()}; trying again")
@@ -354,26 +377,20 @@ class Checkpoints:
         return f"the last good one is of step {self.newest()}" if self.newest() else "there is none before it"
 
     def finish(self, state: State, position: Position) -> None:
-        """Write the last state, and wait until it is there.  Raises SaveFailed after several attempts."""
+        """Write the last state, and wait until it is there.  Raises RunFailed after several attempts."""
         for pause in (0, 1, 5):
             time.sleep(pause)
-            try:
-                self.settle()
-                if self.newest() != position.step:
-                    self.save(state, position)
-                    self.settle()
-            except Exception as error:
-                self.failed(error, position.step)
+            if self.newest() != position.step:
+                self.save(state, position)
+                self.check(position.step, wait=True)
             if self.newest() == position.step:
                 return
-        raise SaveFailed(f"the checkpoint of step {position.step}, the last, could not be saved; {self.last()}; "
-                         f"make room in {self.folder} and start the run again")
+        raise RunFailed(f"the checkpoint of step {position.step}, the last, could not be saved; {self.last()}; "
+                        f"make room in {self.folder} and start the run again")
 
-    def restore(self, abstract: State, place: State, before: float = math.inf) -> tuple[State, Position] | None:
+    def restore(self, abstract: State, before: float = math.inf) -> tuple[State, Position] | None:
         """The newest good state up to a step, or None if there is no checkpoint; what is newer is moved aside."""
-        places = flat(place)
-        targets = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
-                   for name, leaf in flat(abstract).items()}
+        targets = flat(abstract)
         self.check(0, wait=True)
         if (found := newest_good(self.manager, targets, self.say, before)) is None:
             return None
@@ -387,7 +404,7 @@ class Checkpoints:
                                f"({'; '.join(differ)}); set checkpoint.folder to another, or undo the difference"])
         if newer := [other for other in self.manager.all_steps() if other > step]:
             self.set_aside(newer)
-        counted = jax.jit(lambda: jnp.int32(step), out_shardings=place.step)()
+        counted = jax.jit(lambda: jnp.int32(step), out_shardings=abstract.step.sharding)()
         state = jax.tree.unflatten(jax.tree.structure(abstract._replace(step=None)), [arrays[name] for name in targets])
         return state._replace(step=counted), Position(step, manifest["offset"])
 
@@ -410,20 +427,6 @@ class Checkpoints:
             self.manager.close()
 
 
-def maker(config: Config, position: Position, arrays: dict[str, Array], sums: Array) -> Callable[[], dict[str, Any]]:
-    """() -> manifest, which waits for the checksums of this process's shards."""
-    kinds = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in arrays.items()}
-
-    def make() -> dict[str, Any]:
-        mine = np.sum([np.asarray(shard.data)[:, 0] for shard in sums.addressable_shards], 0, dtype=np.uint32)
-        return position._asdict() | {
-            "processes": jax.process_count(), "tokens": position.step * config.data.batch * config.data.sequence,
-            "rng": random_kind(config), "config": json.loads(configs.to_json(config)),
-            "arrays": {name: kinds[name] | {"checksum": int(one)} for name, one in zip(kinds, mine, strict=True)}}
-
-    return make
-
-
 def random_kind(config: Config) -> dict[str, Any]:
     """What, with the step, gives the random numbers of a run."""
     return {"seed": config.train.seed, "impl": str(jax.random.key_impl(jax.random.key(0))),
@@ -435,12 +438,12 @@ def first_line(error: BaseException) -> str:
 
 
 def write_weights(config: Config, weights: dict[str, Array]) -> None:
-    """A checkpoint of weights alone, at step 0.  Raises SaveFailed where it could not be written."""
+    """A checkpoint of weights alone, at step 0.  Raises RunFailed where it could not be written."""
     checkpoints = Checkpoints(config)
-    checkpoints.begin({f"weights/{name}": value for name, value in weights.items()}, Position(0, 0))
+    checkpoints.save(State(None, weights, None, None), Position())
     checkpoints.close()
     if checkpoints.newest() != 0:
-        raise SaveFailed(f"the weights could not be written to {checkpoints.folder}; make room and try again")
+        raise RunFailed(f"the weights could not be written to {checkpoints.folder}; make room and try again")
 
 
 def restore_weights(run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell,

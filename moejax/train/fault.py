@@ -21,6 +21,10 @@ WARMUP = 20  # good steps before their means can tell a spike
 MEMORY = 0.98  # of the running means
 
 
+class RunFailed(RuntimeError):
+    """A run cannot go on."""
+
+
 class Health(NamedTuple):
     """Of a run up to now; saved with it, so that a resumed run judges as the undisturbed one."""
 

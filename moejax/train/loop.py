@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -25,25 +25,16 @@ from moejax.parallel import processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
 from moejax.train.begin import beginning
-from moejax.train.checkpoint import Checkpoints, Position, differences, first_line, folder_of
-from moejax.train.evaluate import validation_loss
-from moejax.train.fault import Stop, Watchdog, tell
-from moejax.train.metrics import FILE, MetricsLog, read_lines, read_metrics
+from moejax.train.checkpoint import Checkpoints, Position, differences, first_line
+from moejax.train.fault import RunFailed, Stop, Watchdog, tell
+from moejax.train.metrics import FILE, MetricsLog, put, read_lines, read_metrics
 from moejax.train.optimizer import make_optimizer
 from moejax.train.progress import Progress
 from moejax.train.state import State
-from moejax.train.step import make_evaluation, make_gradients, make_step
+from moejax.train.step import make_evaluation, make_gradients, make_step, validation_loss
 
-TEMPORARY = "config.json.tmp"
+UNCLAIMED = ("config.json.tmp", "checkpoints")  # what a run may leave that could not begin
 REWINDS = 3  # to the same checkpoint
-
-
-class Diverged(RuntimeError):
-    """Too many bad steps, and going back to a checkpoint does not help."""
-
-
-class PeerLost(RuntimeError):
-    """Another process of the group does not answer."""
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -51,8 +42,8 @@ def train(config: Config) -> dict[str, Any]:
 
     Returns: the last record of metrics.jsonl; with `stopped`, the signal's name, if there was one.
     Raises ConfigError: the run folder holds a run of another config; the text cannot be used; devices are missing;
-    every checkpoint is damaged.  Diverged: bad steps went on after the run had gone back and past their data REWINDS
-    times.  SaveFailed: the last state could not be written.  PeerLost: another process of the group has ended.
+    every checkpoint is damaged.  RunFailed: bad steps went on after the run had gone back and past their data REWINDS
+    times; the last state could not be written; another process of the group has ended.
     """
     began = time.perf_counter()
     if not config.model.layers:
@@ -63,7 +54,10 @@ def train(config: Config) -> dict[str, Any]:
     meshes.start(config.mesh, config.train.fault.heartbeat)
     with Watchdog(config.train.fault.stall) as watchdog, Stop() as stop, ExitStack() as stack:
         # Build
-        corpus = shared_corpus(config)
+        for turn in (True, False):  # the first process of a group fills the cache, then the others read it
+            if processes.first() is turn:
+                corpus = open_corpus(config.data, config.model.vocab)
+            processes.barrier("text")
         sharded = Sharded(config, meshes.make_mesh(config.mesh))
         optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
         step, evaluation = make_step(sharded, optimizer, schedule), make_evaluation(sharded)
@@ -74,14 +68,11 @@ def train(config: Config) -> dict[str, Any]:
 
         # Restore
         watchdog.at("restoring")
-        begin = None if begun(config) else beginning(sharded)  # which may be refused: then nothing is kept
-        keep(config, run_dir)
-        checkpoints = stack.enter_context(closing(Checkpoints(config, tell)))
-        layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
-        state, position = checkpoints.restore(*layout) or (states.fresh(sharded, optimizer, begin), Position(0, 0))
-        del begin
-        describe(config, sharded, run_dir)
-        meter = Meter(config, sharded, read_lines(run_dir / FILE), position.step, began)
+        checkpoints, layout = stack.enter_context(closing(Checkpoints(config))), states.abstract(sharded, optimizer)
+        state, position = checkpoints.restore(layout) or (
+            states.fresh(sharded, optimizer, beginning(sharded)), Position())
+        keep(run_dir, belongings(config, sharded))  # last, as both may be refused
+        meter = Meter(config, sharded, read_lines(run_dir / FILE), began)
         processes.barrier("restored")  # the log is cut back from here on
 
         # Train
@@ -130,7 +121,7 @@ def train(config: Config) -> dict[str, Any]:
                 state, back = rewind(checkpoints, layout, position, record, rewinds)
                 log.write({"event": "rewind", "step": number, "to": back.step, "offset": back.offset})
                 tell(f"back to the checkpoint of step {back.step}, and past the data up to here")
-                meter.rewind(back.step)
+                meter.restart()
                 position, rewinds, owed = back, rewinds + 1, False
             elif number == last or signal:
                 checkpoints.finish(state, position)
@@ -146,46 +137,33 @@ def train(config: Config) -> dict[str, Any]:
                          "set train.steps higher to go on")
         elif sharded.stages:
             progress.say("timing the pipeline with and without its idle ticks")
-            put(run_dir / "pipeline.json", json.dumps(bubble(sharded, schedule, state.weights, batch)))
+            keep(run_dir, {"pipeline.json": json.dumps(bubble(sharded, schedule, state.weights, batch))})
     processes.barrier("done")  # one that ends long before the others counts as dead
     return record
 
 
 def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.ndarray]]:
-    """The state after one more step, and its figures.  Raises PeerLost: another process of the group has ended."""
+    """The state after one more step, and its figures.  Raises RunFailed: another process of the group has ended."""
     try:
         state, figures = step(state, batch)
         return state, jax.device_get(figures)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise PeerLost(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
-                       f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
+        raise RunFailed(f"host {jax.process_index()} of {jax.process_count()} has lost another one "
+                        f"({first_line(error)}); the same command goes on from the newest checkpoint") from None
 
 
-def shared_corpus(config: Config) -> Corpus:
-    """The first process of a group fills the cache; the others read it."""
-    if processes.first():
-        corpus = open_corpus(config.data, config.model.vocab)
-    processes.barrier("text")
-    return corpus if processes.first() else open_corpus(config.data, config.model.vocab)
-
-
-def begun(config: Config) -> bool:
-    folder = folder_of(config.checkpoint, config.run_dir)
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
-
-
-def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Position, record: dict[str, Any],
+def rewind(checkpoints: Checkpoints, layout: State, position: Position, record: dict[str, Any],
            rewinds: int) -> tuple[State, Position]:
     """The newest good state from before the bad steps, and its position with the data up to here behind it.  Raises
-    Diverged: there is none, or the run has gone back to it too often.
+    RunFailed: there is none, or the run has gone back to it too often.
     """
-    found = checkpoints.restore(*layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
+    found = checkpoints.restore(layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
     if found is None:
         newest = checkpoints.newest()
         kept = f"the checkpoint of step {newest} is kept" if newest else "no checkpoint was written"
-        raise Diverged(
+        raise RunFailed(
             f"after train.fault.limit = {record['bad']} bad steps in a row a run goes back to a checkpoint, at most "
             f"{REWINDS} times to the same; at step {position.step} loss and gradient norm are {record['loss']} and "
             f"{record['grad_norm']}, and it has gone back {rewinds} times; {kept}; lower optimizer.lr or "
@@ -196,73 +174,55 @@ def rewind(checkpoints: Checkpoints, layout: tuple[State, State], position: Posi
 
 def bubble(sharded: Sharded, schedule: Schedule, weights: dict[str, jax.Array], batch: Batch) -> dict[str, Any]:
     """The idle share of a step's gradients: counted, and measured against the same ops without the idle ticks."""
-    tables = {"step_s": schedule, "busy_s": schedules.without_idle(schedule)}
-    programs = {name: jax.jit(make_gradients(sharded, table)) for name, table in tables.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in tables}
-    for _ in range(4):  # the first compiles
-        for name, program in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(program(weights, batch, jax.random.key(0)))
-            seconds[name].append(time.perf_counter() - begin)
-    middle = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
-    return {"schedule": schedule.name, "bubble": schedule.bubble(),
-            "bubble_measured": 1 - middle["busy_s"] / middle["step_s"]} | middle
+    programs = [jax.jit(make_gradients(sharded, table)) for table in (schedule, schedules.without_idle(schedule))]
+    seconds = np.zeros((4, 2))
+    for turn, which in np.ndindex(seconds.shape):
+        begin = time.perf_counter()
+        jax.block_until_ready(programs[which](weights, batch, jax.random.key(0)))
+        seconds[turn, which] = time.perf_counter() - begin
+    step, busy = np.median(seconds[1:], 0).tolist()  # the first turn compiles
+    return {"schedule": schedule.name, "bubble": schedule.bubble(), "bubble_measured": 1 - busy / step,
+            "step_s": step, "busy_s": busy}
 
 
 def claim(config: Config) -> Path:
     """The run folder, made if need be.  Raises ConfigError: it holds another's run or files, or cannot be made."""
     run_dir = Path(config.run_dir)
     path = run_dir / "config.json"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError([f"run_dir is a folder; {run_dir} is a file; set run_dir to another path"])
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
     except OSError as error:
-        raise unwritable(run_dir, error) from None
+        raise ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
+                           "set run_dir to another"]) from None
     if path.exists():
         if differ := differences(configs.from_json(path.read_text()), config):
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
-    elif any(each.name != TEMPORARY for each in run_dir.iterdir()):
+    elif any(each.name not in UNCLAIMED for each in run_dir.iterdir()):
         raise ConfigError([f"a run needs a folder of its own; {run_dir} holds other files; "
                            "set run_dir to a new folder"])
     return run_dir
 
 
-def keep(config: Config, run_dir: Path) -> None:
-    """Write config.json, from when on the folder is this config's, and the files of its tokenizer.  Raises ConfigError:
-    they cannot be written, or the run began with another tokenizer.
+def belongings(config: Config, sharded: Sharded) -> dict[str, str]:
+    """The files of a run folder: config.json, from when on it is this config's, what there is to say of its model, and
+    its tokenizer.  Raises ConfigError: the run began with another tokenizer.
     """
-    files, kept = tokenizer_files(config.data.tokenizer), run_dir / TOKENIZER_FILE
-    try:
-        if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
-            raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
-                               f"of {kept}; put that one back, or set run_dir to a new folder"])
-        put(run_dir / "config.json", configs.to_json(config))
-        for name, text in files.items():
-            put(run_dir / name, text)
-    except OSError as error:
-        raise unwritable(run_dir, error) from None
-
-
-def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    return ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
-                        "set run_dir to another"])
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in the first process of a group."""
-    if processes.first():
-        fresh = path.with_name(f"{path.name}.tmp")
-        fresh.write_text(text, "utf-8")
-        os.replace(fresh, path)
-
-
-def describe(config: Config, sharded: Sharded, run_dir: Path) -> None:
+    files, kept = tokenizer_files(config.data.tokenizer), Path(config.run_dir) / TOKENIZER_FILE
+    if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
+        raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
+                           f"of {kept}; put that one back, or set run_dir to a new folder"])
     count, active = sharded.parameters()
     devices = f"{config.mesh.devices()} × {sharded.mesh.devices.flat[0].device_kind}"
-    put(run_dir / "summary.json", json.dumps({"parameters": count, "active_parameters": active, "devices": devices,
-                                              "jax": jax.__version__, "python": platform.python_version()}) + "\n")
+    summary = json.dumps({"parameters": count, "active_parameters": active, "devices": devices,
+                          "jax": jax.__version__, "python": platform.python_version()})
+    return {"config.json": configs.to_json(config), "summary.json": summary} | files
+
+
+def keep(run_dir: Path, files: dict[str, str]) -> None:
+    for name, text in files.items() if processes.first() else ():
+        put(run_dir / name, text)
 
 
 def notes(config: Config, corpus: Corpus, sharded: Sharded, start: int) -> Iterator[str]:
@@ -286,22 +246,17 @@ class Meter:
     steps whose update is in the weights, but for the first step of a process, which compiles.
     """
 
-    def __init__(self, config: Config, sharded: Sharded, before: list[dict[str, Any]], start: int, began: float):
+    def __init__(self, config: Config, sharded: Sharded, before: list[dict[str, Any]], began: float):
         self.tokens = config.data.batch * config.data.sequence
         peak = meshes.peak_flops(sharded.mesh.devices.flat[0]) * config.mesh.devices()
         self.utilisation = 3 * sharded.flops_per_token() / peak  # per token a second; backward is twice forward
         timed = [record for record in before if "wall_s" in record]
         self.began = began - (timed[-1]["wall_s"] if timed else 0.0)
-        self.productive = {record["step"]: record["goodput"] * record["wall_s"] for record in timed
-                           if record["step"] <= start}
+        self.productive = {record["step"]: record["goodput"] * record["wall_s"] for record in timed}  # s, up to a step
         self.first, self.since = True, time.perf_counter()
 
     def restart(self) -> None:
         self.since = time.perf_counter()
-
-    def rewind(self, step: int) -> None:
-        self.productive = {at: seconds for at, seconds in self.productive.items() if at <= step}
-        self.restart()
 
     def record(self, number: int, figures: dict[str, np.ndarray], reading: float) -> dict[str, Any]:
         """Args: reading: seconds of the step that went by before its batch was there."""

@@ -5,7 +5,6 @@ checkpoint's step, so that however often a run was killed, the record is that of
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,14 +23,13 @@ FLUSH = 10  # seconds between looks that TensorBoard may take
 
 
 class MetricsLog(AbstractContextManager):
-    """Appends records to `run_dir/metrics.jsonl`.  Write a step's record before saving its checkpoint.
-
-    It goes on after `from_step`: what the log holds from later, or half-written, is dropped.  Without `write`, as in
-    the processes of a group that leave it to the first, nothing is written.
+    """Appends records to `run_dir/metrics.jsonl`, after `from_step`: what it holds from later, or half-written, is
+    dropped.  A step's record comes before its checkpoint.  Without `write`, as in the processes of a group that leave
+    it to the first, nothing is written.
     """
 
     def __init__(self, run_dir: Path, from_step: int = 0, write: bool = True):
-        self.path = Path(run_dir) / FILE if write else None
+        self.path, self.board = Path(run_dir) / FILE if write else None, None
         if not write:
             return
         self.pictures = Path(run_dir) / "tensorboard"
@@ -54,8 +52,8 @@ class MetricsLog(AbstractContextManager):
         """
         if self.path is None:
             return None
-        record = strict(record)
-        self.waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # what is not finite is null
+        self.waiting += json.dumps(record).encode() + b"\n"
         try:
             with self.path.open("ab", buffering=0) as file:
                 while self.waiting:
@@ -63,28 +61,26 @@ class MetricsLog(AbstractContextManager):
             if "event" not in record:
                 self.draw(record)
         except OSError as error:
+            self.close()
             return str(error)
         return None
 
     def draw(self, record: dict[str, Any]) -> None:
         """To TensorBoard; after a failure into a new file."""
-        try:
-            if self.board is None:
-                self.begin_board(record["step"])
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(record)
-                      if isinstance(value, (int, float)) and tag != "step"]
-            self.board.write_event(Event(step=record["step"], wall_time=time.time(), summary=Summary(value=values)))
-            if time.monotonic() - self.flushed > FLUSH:
-                self.board.flush()
-                self.flushed = time.monotonic()
-        except OSError:
-            self.board = None
-            raise
+        if self.board is None:
+            self.begin_board(record["step"])
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged(record)
+                  if isinstance(value, (int, float)) and tag != "step"]
+        self.board.write_event(Event(step=record["step"], wall_time=time.time(), summary=Summary(value=values)))
+        if time.monotonic() - self.flushed > FLUSH:
+            self.board.flush()
+            self.flushed = time.monotonic()
 
     def close(self, *error: object) -> None:
-        if self.path is not None and self.board is not None:
-            with suppress(OSError):
-                self.board.close()
+        board, self.board = self.board, None
+        with suppress(OSError):
+            if board is not None:
+                board.close()
 
     __exit__ = close
 
@@ -121,14 +117,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, last_step: int) -> None:
-    """Rewrites the log up to the last record of `last_step`, without torn lines, whole or not at all."""
+    """Rewrites the log up to the last record of `last_step`, without torn lines."""
     with path.open(encoding="utf-8", errors="replace") as old:
         lines = [(record, line.rstrip("\n") + "\n") for line in old if (record := parse(line)) is not None]
-    end = max((i + 1 for i, (record, _) in enumerate(lines)
-               if record.get("step", math.inf) <= last_step and "event" not in record), default=0)
-    fresh = path.with_suffix(".tmp")
+    while lines and ("event" in lines[-1][0] or lines[-1][0]["step"] > last_step):
+        lines.pop()
+    put(path, "".join(line for _, line in lines))
+
+
+def put(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    fresh = path.with_name(f"{path.name}.tmp")
     with fresh.open("w", encoding="utf-8") as new:
-        new.writelines(line for _, line in lines[:end])
+        new.write(text)
         new.flush()
         os.fsync(new.fileno())
     os.replace(fresh, path)
@@ -140,17 +141,6 @@ def parse(line: str) -> dict[str, Any] | None:
         if isinstance(record := json.loads(line), dict):
             return record
     return None
-
-
-def strict(value: Any) -> Any:
-    """The value in what JSON can say: arrays as lists, numbers that are not finite as None."""
-    if hasattr(value, "tolist"):  # an array or array scalar, of whatever library
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tagged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -1,13 +1,14 @@
-"""Optimizers: optax's own, told by the axes of the weights what to decay and what to orthogonalise."""
+"""Optimizers: optax's own, told by the axes of the weights what to decay and what to orthogonalise; learning rates."""
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
+from jax import Array
 from optax import contrib
 
 from moejax import config as configs
 from moejax.parallel.axes import names
-from moejax.train.lr import schedule
 
 Axes = dict[str, str]  # weight name -> its axes
 
@@ -53,10 +54,41 @@ def dimensions(axes: str) -> contrib.MuonDimensionNumbers | None:
     return contrib.MuonDimensionNumbers(source, target)
 
 
-OPTIMIZERS: dict[str, Callable[[configs.Optimizer, optax.Schedule, Axes], optax.GradientTransformation]] = {
-    "adamw": adamw, "adafactor": adafactor, "muon": muon}
+OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
 
 
 def make_optimizer(o: configs.Optimizer, steps: int, axes: Axes) -> optax.GradientTransformation:
     """The optimizer of a config for weights with these axes.  Clipping is done by the step, which needs the norm."""
-    return OPTIMIZERS[o.name](o, schedule(o, steps), axes)
+    return OPTIMIZERS[o.name](o, learning_rate(o, steps), axes)
+
+
+def cosine(o: configs.Optimizer, steps: int) -> optax.Schedule:
+    """Down a half cosine to final_lr at the last step."""
+    return optax.cosine_decay_schedule(o.lr, max(steps - o.warmup, 1), o.final_lr)
+
+
+def wsd(o: configs.Optimizer, steps: int) -> optax.Schedule:
+    """Warmup, stable, decay (arXiv 2404.06395): constant, then linearly to final_lr over the last steps."""
+    down = max(round(o.decay * steps), 1)
+    return optax.linear_schedule(o.lr, o.lr * o.final_lr, down, max(steps - down - o.warmup, 0))
+
+
+def rsqrt(o: configs.Optimizer, steps: int) -> optax.Schedule:
+    """lr × sqrt(warmup / step), as of T5 (arXiv 1910.10683)."""
+    start = max(o.warmup, 1)
+    return lambda step: o.lr * jnp.sqrt(start / (start + step))
+
+
+SCHEDULES = {"cosine": cosine, "wsd": wsd, "rsqrt": rsqrt}
+
+
+def learning_rate(o: configs.Optimizer, steps: int) -> Callable[[Array], Array]:
+    """step (from 0) -> learning rate; the warmup's first step is lr / warmup and reaches lr at step warmup - 1."""
+    rest = SCHEDULES[o.schedule](o, steps)
+
+    def rate(step: Array) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        after = rest(jnp.maximum(step - o.warmup, 0))
+        return jnp.where(step < o.warmup, o.lr * (step + 1) / o.warmup, after) if o.warmup else after
+
+    return rate

@@ -1,11 +1,6 @@
-"""What a person sees of a run while it trains: a bar on a terminal, plain lines anywhere else.
-
-The training loop drives it with the records that it also logs.  It draws on stderr, so that stdout stays
-free for results (`--json`).
-"""
+"""What a person sees of a run while it trains, on stderr: a bar on a terminal, plain lines anywhere else."""
 
 import time
-from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -14,7 +9,7 @@ import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn
 
-WINDOW = 100  # steps over which the remaining time is estimated
+WINDOW = 600  # seconds over which the remaining time is estimated
 
 
 class Progress:
@@ -24,59 +19,39 @@ class Progress:
 
     def __init__(self, steps: int, start: int = 0, log_every: int = 10, console: Console | None = None,
                  clock: Callable[[], float] = time.monotonic, shown: bool = True):
-        self.steps, self.start, self.log_every, self.clock = steps, start, log_every, clock
+        self.steps, self.start, self.log_every = steps, start, log_every
         self.console = console or Console(stderr=True, quiet=not shown)
         self.plain = not self.console.is_terminal or self.console.is_dumb_terminal
-        self.validation: float | None = None
-        self.seen: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)  # (step, time at its end)
+        self.validation = ""
         self.bar = rich.progress.Progress(
             SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=self.console, expand=True, refresh_per_second=4, redirect_stdout=False)
+            TextColumn("{task.fields[figures]}", markup=False), console=self.console, expand=True,
+            refresh_per_second=4, redirect_stdout=False, get_time=clock, speed_estimate_period=WINDOW,
+            disable=self.plain)
         self.task = self.bar.add_task("", total=steps, completed=start, figures="compiling the first step")
 
     def __enter__(self) -> "Progress":
-        if not self.plain:
-            self.bar.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.plain:
-            self.bar.stop()
+        self.bar.stop()
 
     def update(self, record: dict[str, Any]) -> None:
         """Shows the record of a step that has ended."""
         step = record["step"]
-        if self.seen and step <= self.seen[-1][0]:  # the run has gone back
-            self.seen.clear()
-        self.seen.append((step, self.clock()))
         if evaluated := "validation_loss" in record:
-            self.validation = number(record["validation_loss"])
-        text = self.figures(record)
-        self.bar.update(self.task, completed=step, figures=text)
+            self.validation = f"validation {record['validation_loss']:.4f}  "
+        if step <= self.bar.tasks[0].completed:  # the run has gone back
+            self.bar.reset(self.task, completed=step - 1)
+        self.bar.update(self.task, completed=step)
+        figures = f"loss {record['loss']:.4f}  {self.validation}{record['tokens_per_s']:,.0f} tokens/s"
+        if left := self.bar.tasks[0].time_remaining:  # by the latest steps but the first, which compiles
+            figures += f"  {timedelta(seconds=left)} left"
+        self.bar.update(self.task, figures=figures)
         if self.plain and (evaluated or step % self.log_every == 0 or step in (self.start + 1, self.steps)):
-            self.say(f"step {step}/{self.steps}  {text}")
+            self.say(f"step {step}/{self.steps}  {figures}")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
         self.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    def figures(self, record: dict[str, Any]) -> str:
-        parts = [f"loss {number(record.get('loss')):.4f}"]
-        if self.validation is not None:
-            parts.append(f"validation {self.validation:.4f}")
-        parts.append(f"{number(record.get('tokens_per_s')):,.0f} tokens/s")
-        if (left := self.remaining()) is not None:
-            parts.append(f"{timedelta(seconds=round(left))} left")
-        return "  ".join(parts)
-
-    def remaining(self) -> float | None:
-        """Seconds to go, from the wall time of the latest steps; None until two have ended.  The first step, which
-        compiles, is left out; evaluations and checkpoints between steps are not.
-        """
-        (first, began), (last, now) = self.seen[0], self.seen[-1]
-        return (self.steps - last) * (now - began) / (last - first) if last > first else None
-
-
-def number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

@@ -1,13 +1,12 @@
 """The story of a run on one page: `report.html`, which needs nothing but itself, and `report.png` for a README.
 
-Reads what the training loop left in a run folder.  The pictures are drawn once, in the colours of `COLOURS`; in the
-page these are CSS variables, so that they follow the reader's light or dark scheme.
+The pictures are drawn once, in the colours of `COLOURS`; in the page these are CSS variables, so that they follow the
+reader's light or dark scheme.
 """
 
 import base64
 import html
 import io
-import json
 import math
 import mimetypes
 import re
@@ -25,7 +24,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moejax.config import Config, ConfigError, from_json
+from moejax.config import Config, ConfigError, from_json, to_json
 from moejax.parallel import schedules
 from moejax.train.metrics import FILE, read_events, read_lines, read_metrics
 
@@ -41,26 +40,23 @@ LOAD = LinearSegmentedColormap.from_list(
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#0e9f8e", "#4f7df0", "#9b5de5", "#e0457b"])
 LAYERS = 8  # at most this many layers are drawn
 COLUMNS = 200  # of a heat map
-POINTS = 800  # of a curve
 ticks = partial(MaxNLocator, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)  # round whole numbers
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "moejax", "font.size": 10, "axes.titlesize": 10,
          "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "axes.axisbelow": True, "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.titlecolor": INK,
          "axes.facecolor": "none", "grid.color": LINE, "text.color": INK, "xtick.color": LINE, "ytick.color": LINE,
-         "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "legend.frameon": False, "lines.linewidth": 1.6}
+         "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT, "legend.frameon": False, "lines.linewidth": 1.6,
+         "path.simplify_threshold": 1.0}  # points that nobody could see are left out of a long curve
 
 
 @dataclass
 class Run:
     """A run folder, read."""
 
-    name: str
     config: Config
-    config_text: str
     records: list[dict[str, Any]]
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # with what was measured of the pipeline
     samples: list[dict[str, Any]]
-    pipeline: dict[str, Any]
     events: list[dict[str, Any]]
 
     def series(self, key: str) -> np.ndarray:
@@ -75,7 +71,6 @@ class Run:
         """(row in the lists per MoE layer, name) of the layers to draw, chosen evenly over the depth."""
         count = self.layers("drop_fraction").shape[1]
         places = [place for place, kind in enumerate(self.config.model.layer_kinds()) if kind == "M"]
-        places = places if len(places) == count else list(range(count))
         rows = np.unique(np.linspace(0, count - 1, min(count, LAYERS)).round().astype(int))
         return [(int(row), f"layer {places[row]}") for row in rows]
 
@@ -95,34 +90,19 @@ def read_run(run_dir: Path) -> Run:
     if not config_file.is_file():
         near = sorted(str(other.parent) for other in run_dir.parent.glob("*/config.json"))
         hint = f", such as {', '.join(near[:3])}" if near else ""
-        missing = "has no config.json" if run_dir.is_dir() else "does not exist"
-        raise ConfigError([f"a report is of a run folder; {run_dir} {missing}; give a training run's run_dir{hint}"])
+        raise ConfigError([f"a report is of a run folder; {run_dir} has no config.json; give a training run's run_dir"
+                           f"{hint}"])
     records = read_metrics(run_dir)
     if not records:
         raise ConfigError([
             f"a report needs a step; {run_dir / FILE} holds none; train first: moejax train CONFIG run_dir={run_dir}"])
-    config = load(config_file, from_json)
-    summary, pipeline = (load(path, json.loads) if path.is_file() else {}
-                         for path in (run_dir / "summary.json", run_dir / "pipeline.json"))
-    return Run(config.name or run_dir.resolve().name, config, config_file.read_text("utf-8"), records, summary,
-               read_lines(run_dir / "samples.jsonl"), pipeline, read_events(run_dir))
-
-
-def load(path: Path, read: Callable[[str], Any]) -> Any:
     try:
-        return read(path.read_text("utf-8"))
-    except (json.JSONDecodeError, ConfigError) as error:
-        raise ConfigError([f"{path} cannot be read: {str(error).strip(' -')}; restore the file"]) from None
-
-
-def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most POINTS real points of a curve: the lowest and the highest of every stretch, so spikes stay."""
-    if len(steps) <= POINTS:
-        return steps, values
-    keep = np.unique([part[most(np.nan_to_num(values[part], nan=far))]
-                      for part in np.array_split(np.arange(len(steps)), POINTS // 2)
-                      for most, far in ((np.argmin, np.inf), (np.argmax, -np.inf))])
-    return steps[keep], values[keep]
+        config = from_json(config_file.read_text("utf-8"))
+    except ConfigError as error:
+        raise ConfigError([f"{config_file} cannot be read: {problem}" for problem in error.problems]) from None
+    summary = {key: value for name in ("summary.json", "pipeline.json") for found in read_lines(run_dir / name)
+               for key, value in found.items()}
+    return Run(config, records, summary, read_lines(run_dir / "samples.jsonl"), read_events(run_dir))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -136,23 +116,27 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def curve(axes: Axes, steps: np.ndarray, values: np.ndarray, **looks: Any) -> None:
     """A line with the axes' common manners; a run of one step is a dot."""
-    axes.plot(*thin(steps, values), marker="o" if len(steps) == 1 else None, markersize=5, **looks)
+    axes.plot(steps, values, marker="o" if len(steps) == 1 else None, markersize=5, **looks)
     margin = 0.03 * (steps[-1] - steps[0]) or 1  # the whole run, also where its values are not finite
     axes.set_xlim(steps[0] - margin, steps[-1] + margin)
     axes.xaxis.set_major_locator(ticks(7))
 
 
-def draw_loss(fig: FigureBase, run: Run) -> None:
-    axes, steps, loss = fig.subplots(), run.series("step"), run.series("loss")
-    validation, unigram = run.series("validation_loss"), middle(run.series("unigram_loss"))
+def smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, **looks: Any) -> None:
+    """What is measured, and its course."""
     if len(steps) > 1:
-        curve(axes, steps, loss, color=RAW, linewidth=0.7)
-    curve(axes, steps, smooth(loss), color=TRAIN, label="training")
+        curve(axes, steps, values, color=RAW, linewidth=0.7)
+    curve(axes, steps, smooth(values), color=TRAIN, **looks)
+
+
+def draw_loss(fig: FigureBase, run: Run) -> None:
+    axes, steps, validation = fig.subplots(), run.series("step"), run.series("validation_loss")
+    smoothed(axes, steps, run.series("loss"), label="training")
     seen = np.isfinite(validation)
     if seen.any():
         axes.plot(steps[seen], validation[seen], "o-" if seen.sum() <= 40 else "-", color=CHECK, markersize=4,
                   linewidth=1.2, label="validation")
-    if unigram is not None:
+    if (unigram := middle(run.series("unigram_loss"))) is not None:
         axes.axhline(unigram, color=UNIGRAM, linestyle="--", linewidth=1.2, label="unigram model")
     axes.set(title="Loss, nats per token", xlabel="step")
     axes.legend()
@@ -162,9 +146,8 @@ def draw_load(fig: FigureBase, run: Run) -> None:
     shown, steps, load = run.shown(), run.series("step"), run.layers("expert_load")
     parts = np.array_split(load * load.shape[2], min(len(steps), COLUMNS))  # in multiples of an even share
     load = np.stack([part.mean(0) for part in parts], axis=2)  # [layer, expert, column]
-    strayed = np.abs(load[[row for row, _ in shown]] - 1)
-    strayed = strayed[np.isfinite(strayed)]
-    reach = np.clip(np.ceil(np.quantile(strayed, 0.99) * 10) / 10, 0.1, 1) if strayed.size else 1.0
+    strayed = np.nan_to_num(np.abs(load[[row for row, _ in shown]] - 1))
+    reach = np.clip(np.ceil(np.quantile(strayed, 0.99) * 10) / 10, 0.1, 1)
     across = 2 if len(shown) > 1 else 1
     panels = fig.subplots(-(-len(shown) // across), across, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(shown):]:
@@ -195,29 +178,20 @@ def draw_drops(fig: FigureBase, run: Run) -> None:
     axes.legend(loc="upper right", ncols=4, handlelength=1, handletextpad=0.4, columnspacing=1)
 
 
-def draw_pair(fig: FigureBase, run: Run, **titles: str) -> None:
-    """Two series by their key, one above the other: as they are, and smoothed."""
-    steps, panels = run.series("step"), fig.subplots(2, 1, sharex=True)
+def draw_series(fig: FigureBase, run: Run, **titles: str) -> None:
+    """Series by their key, one above the other."""
+    steps, panels = run.series("step"), fig.subplots(len(titles), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        values = run.series(key)
-        if len(steps) > 1 and key != "lr":
-            curve(axes, steps, values, color=RAW, linewidth=0.7)
-        curve(axes, steps, values if key == "lr" else smooth(values), color=TRAIN)
+        smoothed(axes, steps, run.series(key))
         axes.set(title=title, ylim=(0, max(axes.get_ylim()[1] * 1.05, 1e-9)))
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}")
     panels[-1].set_xlabel("step")
 
 
-def draw_speed(fig: FigureBase, run: Run) -> None:
-    axes = fig.subplots()
-    curve(axes, run.series("step"), run.series("tokens_per_s"), color=TRAIN, linewidth=1)
-    axes.set(title="Tokens per second", xlabel="step", ylim=(0, None))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-
-
-draw_optimizer = partial(draw_pair, lr="Learning rate", grad_norm="Gradient norm, before clipping")
-draw_router = partial(draw_pair, balance_loss="Balance loss", z_loss="Router z-loss")
+draw_optimizer = partial(draw_series, lr="Learning rate", grad_norm="Gradient norm, before clipping")
+draw_router = partial(draw_series, balance_loss="Balance loss", z_loss="Router z-loss")
+draw_speed = partial(draw_series, tokens_per_s="Tokens per second")
 DRAWINGS: dict[Callable[[FigureBase, Run], None], str] = {  # and what they show; on a wide page in two columns
     draw_loss: "Training and validation loss over the steps",
     draw_drops: "Share of the tokens that no expert had room for, per MoE layer",
@@ -225,14 +199,13 @@ DRAWINGS: dict[Callable[[FigureBase, Run], None], str] = {  # and what they show
     draw_load: "Load of every expert over the steps, a map per MoE layer",
     draw_router: "Balance loss and router z-loss over the steps",
     draw_speed: "Tokens per second over the steps"}
-OF_EXPERTS = (draw_load, draw_drops, draw_router)
 
 
 def figures(run: Run) -> str:
     """The drawings as <figure>s with inline SVG, narrow enough to stay readable on a phone."""
     made = ""
     for number, (draw, words) in enumerate(DRAWINGS.items()):
-        if draw in OF_EXPERTS and not run.shown():
+        if draw in (draw_load, draw_drops, draw_router) and not run.shown():
             continue
         height = 1.2 + 0.55 * max(len(run.shown()), 4) if draw is draw_load else 3.4 if draw is draw_loss else 2.9
         fig, out = Figure((5.2, height), layout="constrained"), io.StringIO()
@@ -271,8 +244,7 @@ def poster(run: Run, path: Path) -> None:
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """The summary: (label, value) of what the run has."""
-    last, mesh = run.records[-1], run.config.mesh
-    mfu, unigram = middle(run.series("mfu")), middle(run.series("unigram_loss"))
+    last, mesh, unigram = run.records[-1], run.config.mesh, middle(run.series("unigram_loss"))
     validation = [record["validation_loss"] for record in run.records if "validation_loss" in record][-1:]
     lengths = [(axis, getattr(mesh, axis)) for axis in ("data", "fsdp", "pipeline", "expert", "tensor")]
     rows = [("Steps", f"{last['step']:,} of {run.config.train.steps:,}"),
@@ -282,16 +254,16 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("Unigram loss", losses(run, unigram) if unigram else ""),
             ("Validation / unigram", f"{validation[0] / unigram:.3f}" if unigram and any(validation) else ""),
             ("Tokens per second, median", large(middle(run.series("tokens_per_s")))),
-            ("Model FLOP/s utilisation", "" if mfu is None else f"{mfu:.1%}"),
-            ("Goodput", f"{last['goodput']:.1%}" if last.get("goodput") else ""),
+            ("Model FLOP/s utilisation", share(middle(run.series("mfu")))),
+            ("Goodput", share(last.get("goodput"))),
             ("Steps skipped", f"{last['skipped']:,}" if last.get("skipped") else ""),
             ("Gone back", ", ".join(f"from step {one['step']:,} to {one['to']:,}" for one in run.events)),
             ("Mesh", " × ".join(f"{axis} {length}" for axis, length in lengths if length > 1) or "one device"),
             ("Parameters", large(run.summary.get("parameters"))),
             ("Active parameters", large(run.summary.get("active_parameters"))),
             ("Pipeline", f"{mesh.schedule}, {run.config.train.microbatches} microbatches" if mesh.pipeline > 1 else ""),
-            ("Bubble, counted", f"{run.pipeline['bubble']:.1%}" if run.pipeline else ""),
-            ("Bubble, measured", f"{run.pipeline['bubble_measured']:.1%}" if run.pipeline else ""),
+            ("Bubble, counted", share(run.summary.get("bubble"))),
+            ("Bubble, measured", share(run.summary.get("bubble_measured"))),
             *((label, str(run.summary.get(label.lower(), ""))) for label in ("Devices", "JAX", "Python"))]
     return [(label, value) for label, value in rows if value]
 
@@ -310,6 +282,10 @@ def middle(values: np.ndarray) -> float | None:
     return float(np.median(values)) if values.size else None
 
 
+def share(value: float | None) -> str:
+    return f"{value:.1%}" if value else ""
+
+
 def large(value: float | None) -> str:
     """12,345, or 12.3 million."""
     if value is None:
@@ -323,25 +299,21 @@ def large(value: float | None) -> str:
 CSS = """
 :root{color-scheme:light dark;%s}
 @media (prefers-color-scheme:dark){:root{%s}}
-*{box-sizing:border-box}
 body{margin:0 auto;max-width:76rem;padding:1.5rem 1rem 3rem;background:var(--paper);color:var(--ink);
  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-h1{font-size:1.7rem;line-height:1.2;margin:0;overflow-wrap:anywhere} h2{font-size:1.15rem;margin:2rem 0 .75rem}
-p{margin:.25rem 0 1.25rem;color:var(--soft)}
-dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:0 1.5rem;margin:0 0 1rem}
-dl div{border-top:1px solid var(--line);padding:.45rem 0} dt{font-size:.8rem;color:var(--soft)}
+h1{margin:0;overflow-wrap:anywhere} p,dt{color:var(--soft)}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:0 1.5rem}
+dl div{border-top:1px solid var(--line);padding:.45rem 0} dt{font-size:.8rem}
 dd{margin:0;white-space:pre-line;font-variant-numeric:tabular-nums}
 main{columns:2 24rem;column-gap:1.25rem}
-figure{break-inside:avoid;margin:0 0 1.25rem;border:1px solid var(--line);border-radius:.6rem;padding:.6rem}
+figure,pre{margin:0 0 1.25rem;border:1px solid var(--line);border-radius:.6rem;padding:.7rem;break-inside:avoid}
 svg{display:block;width:100%%;height:auto} svg text{font-family:inherit!important}
-pre{margin:0 0 1rem;padding:.8rem 1rem;border:1px solid var(--line);border-radius:.6rem;overflow-x:auto}
-pre,.seen dd{white-space:pre-wrap;overflow-wrap:anywhere;
- font:.85rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-.seen{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%%,17.5rem),1fr));gap:1.25rem}
-.seen figure{margin:0} .seen dl{display:block;margin:.5rem 0 0}
+pre,.samples dd{white-space:pre-wrap;overflow-wrap:anywhere;font:.85rem/1.5 ui-monospace,Menlo,Consolas,monospace}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%%,17.5rem),1fr));gap:1.25rem}
+.samples figure,.samples pre{margin:0} .samples pre{grid-column:1/-1} .samples dl{display:block;margin:.5rem 0 0}
 img{display:block;width:16rem;max-width:100%%;margin:0 auto;image-rendering:pixelated}
-mark{background:var(--wrong);color:inherit;border-radius:.15rem}
-pre b{color:var(--train)} summary{cursor:pointer;font-weight:600;margin:1.5rem 0 .75rem}
+mark{background:var(--wrong);color:inherit} pre b{color:var(--train)}
+summary{cursor:pointer;font-weight:600;margin:1.5rem 0 .75rem}
 """
 
 PAGE = """<!doctype html>
@@ -361,17 +333,15 @@ PAGE = """<!doctype html>
 def page(run: Run, figures: str) -> str:
     """The whole document; the policy in its head forbids scripts and anything from outside."""
     light, dark = ("".join(f"--{name}:{pair[scheme]};" for name, pair in PAGE_COLOURS.items()) for scheme in (0, 1))
-    samples = "".join(sample(each) for each in run.samples if not each.get("images"))
-    seen = "".join(with_images(each) for each in run.samples if each.get("images"))
-    samples += seen and f'<div class="seen">\n{seen}</div>\n'
     model, moe = run.config.model, run.config.model.moe
     experts = f"{moe.active} of {moe.experts} experts a token" if "M" in model.layer_kinds() else "dense"
     shape = (f"{model.layers} layer{'s'[model.layers == 1:]}, width {model.d_model}, {experts}, "
              f"{run.config.data.sequence} tokens a sequence")
     rows = "".join(f"<div><dt>{label}</dt><dd>{html.escape(value)}</dd></div>" for label, value in facts(run))
-    return PAGE.format(name=html.escape(run.name), css=CSS % (light, dark), shape=shape, facts=rows, figures=figures,
-                       schedule=gantt(run), samples=samples and f"<h2>Samples</h2>\n{samples}",
-                       config=html.escape(run.config_text))
+    samples = "".join(map(sample, run.samples))
+    samples = samples and f'<h2>Samples</h2>\n<div class="samples">\n{samples}</div>\n'
+    return PAGE.format(name=html.escape(run.config.name), css=CSS % (light, dark), shape=shape, facts=rows,
+                       figures=figures, schedule=gantt(run), samples=samples, config=html.escape(to_json(run.config)))
 
 
 def gantt(run: Run) -> str:
@@ -384,9 +354,9 @@ def gantt(run: Run) -> str:
         return ""
     words = (f"{schedules.describe(table)}. Time runs to the right: blue are forwards, green gradients of inputs (and "
              "of weights, where there is no orange), orange gradients of weights.")
-    if run.pipeline:
-        words += (f" Measured: a step's gradients take {run.pipeline['step_s']:.3g} s, the same ops without idle ticks "
-                  f"{run.pipeline['busy_s']:.3g} s.")
+    if "step_s" in run.summary:
+        words += (f" Measured: a step's gradients take {run.summary['step_s']:.3g} s, the same ops without idle ticks "
+                  f"{run.summary['busy_s']:.3g} s.")
         if run.config.mesh.fake_devices:
             words += " Fake devices share the cores: what one leaves idle, another uses."
     return f"<h2>Pipeline</h2>\n<p>{html.escape(words)}</p>\n{inline(table.svg(), 'What every stage does over time')}"
@@ -397,19 +367,17 @@ def shown(raw: str) -> str:
 
 
 def sample(found: dict[str, Any]) -> str:
-    """A generated text after its prompt in bold, whether or not it repeats the prompt."""
-    prompt, text = (str(found.get(key, "")) for key in ("prompt", "text"))
-    return f"<pre><b>{shown(prompt)}</b>{shown(text.removeprefix(prompt))}</pre>\n"
-
-
-def with_images(found: dict[str, Any]) -> str:
-    """Pictures beside their true text, what was read and what was guessed where they were black; or with an answer."""
-    text, truth = str(found.get("text", "")), str(found.get("truth"))
-    if found.get("truth") is None:
-        texts = {"prompt": shown(str(found.get("prompt", ""))), "answer": shown(text)}
+    """A generated text after its prompt in bold, whether or not it repeats the prompt; or pictures beside their true
+    text, what was read and what was guessed where they were black, or beside a question and the answer.
+    """
+    prompt, text, truth, blind = (str(found.get(key, "")) for key in ("prompt", "text", "truth", "blind"))
+    if not found.get("images"):
+        return f"<pre><b>{shown(prompt)}</b>{shown(text.removeprefix(prompt))}</pre>\n"
+    if "truth" not in found:
+        texts = {"prompt": shown(prompt), "answer": shown(text)}
     else:
         texts = {"truth": shown(truth), "read": marked(text, truth)}
-        texts |= {"blind": marked(str(found["blind"]), truth)} if "blind" in found else {}
+        texts |= {"blind": marked(blind, truth)} if "blind" in found else {}
     rows = "".join(f"<div><dt>{label}</dt><dd>{text}</dd></div>" for label, text in texts.items())
     return f'<figure>{"".join(map(picture, found["images"]))}<dl>{rows}</dl></figure>\n'
 

@@ -30,32 +30,30 @@ def trained(sharded: Sharded, weights: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in weights.items() if sharded.trainable[name]}
 
 
-def shardings(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
-    """NamedSharding of every array of the state."""
-    specs = optimizer_specs(sharded)
+def abstract(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
+    """Shape, type and NamedSharding of every array of the state."""
+    moments = optimizer_specs(sharded)
 
-    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def placed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        specs = sharded.specs if path[0].name == "weights" else moments
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
         # Factored statistics have fewer dimensions than their weight; they are small and lie everywhere.
-        fits = names and leaf.shape == sharded.shapes[names[-1]]
-        return NamedSharding(sharded.mesh, specs[names[-1]] if fits else P())
+        spec = specs[names[-1]] if names and leaf.shape == sharded.shapes[names[-1]] else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(sharded.mesh, spec))
 
-    optimizer_state = jax.tree_util.tree_map_with_path(place, abstract(sharded, optimizer).optimizer)
-    everywhere = NamedSharding(sharded.mesh, P())
-    return State(everywhere, sharded.shardings, optimizer_state, Health(*[everywhere] * len(Health._fields)))
-
-
-def abstract(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sharded.shapes.items()}
-    moments = jax.eval_shape(optimizer.init, trained(sharded, weights))
-    return State(jax.ShapeDtypeStruct((), jnp.int32), weights, moments, jax.eval_shape(Health.fresh))
+    state = State(jax.ShapeDtypeStruct((), jnp.int32), weights,
+                  jax.eval_shape(optimizer.init, trained(sharded, weights)), jax.eval_shape(Health.fresh))
+    return jax.tree_util.tree_map_with_path(placed, state)
+
+
+def shardings(sharded: Sharded, optimizer: optax.GradientTransformation) -> State:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract(sharded, optimizer))
 
 
 def fresh(sharded: Sharded, optimizer: optax.GradientTransformation, weights: dict[str, Array] | None = None) -> State:
     """The state before the first step: the config's initial weights, or those given."""
     weights = weights or sharded.init(sharded.config.train.seed)
-    place = shardings(sharded, optimizer)
-    step, health = jax.jit(lambda: (jnp.zeros((), jnp.int32), Health.fresh()),
-                           out_shardings=(place.step, place.health))()
-    moments = jax.jit(optimizer.init, out_shardings=place.optimizer)(trained(sharded, weights))
-    return State(step, weights, moments, health)
+    rest = jax.jit(lambda weights: State(jnp.zeros((), jnp.int32), {}, optimizer.init(weights), Health.fresh()),
+                   out_shardings=shardings(sharded, optimizer)._replace(weights={}))
+    return rest(trained(sharded, weights))._replace(weights=weights)

@@ -1,6 +1,6 @@
 """One training step: gradients inside the one-device program, the optimizer outside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,15 +15,17 @@ from moejax.model import transformer
 from moejax.model.layers import Pass
 from moejax.model.loss import cross_entropy
 from moejax.model.router import Losses
-from moejax.model.sharded import Sharded
+from moejax.model.sharded import Sharded, on_mesh
 from moejax.model.stages import Stages
 from moejax.model.transformer import Transformer
 from moejax.parallel import collectives, pipeline, schedules
 from moejax.parallel.axes import BATCH, missing, rows
 from moejax.parallel.schedules import Schedule
 from moejax.train.fault import judge
-from moejax.train.lr import schedule
+from moejax.train.optimizer import learning_rate
 from moejax.train.state import State, optimizer_specs, shardings, trained
+
+Spread = tuple[dict[str, Array], dict[str, Array]]  # weights of a stage, and those that all stages share
 
 
 class Figures(NamedTuple):
@@ -34,24 +36,6 @@ class Figures(NamedTuple):
     z: Array
     load: Array  # [L E] choices of each expert
     dropped: Array  # [L] choices without a seat
-
-
-FIGURES_SPEC = Figures(P(), P(), P(), P(), P())
-
-
-def objective(sharded: Sharded, weights: dict[str, Array], batch: Batch, tokens: Array, share: float,
-              key: Array) -> tuple[Array, Figures]:
-    """This device's part of what is minimised for one microbatch, and of the figures.
-
-    Args:
-        tokens: weight of all targets of the whole step, on all devices.
-        share: of this microbatch on this device among all, for means over groups and tokens.
-    """
-    model, run = sharded.build(weights), sharded.run(training=True, key=key, rows=batch.rows)
-    output, _ = model(batch.tokens, run, sight=model.see(batch.images, run))
-    loss = text_loss(model, output.hidden, batch, run) / tokens
-    cost, figures = router_cost(output.losses, share, sharded)
-    return loss + cost, figures._replace(loss=loss)
 
 
 def text_loss(model: Transformer, hidden: Array, batch: Batch, run: Pass) -> Array:
@@ -71,16 +55,14 @@ def router_cost(losses: Losses | None, share: float, sharded: Sharded) -> tuple[
     return moe.balance_loss * figures.balance + moe.z_loss * figures.z, figures
 
 
-def make_gradients(
-    sharded: Sharded, schedule: Schedule | None = None
-) -> Callable[[dict[str, Array], Batch, Array], tuple[dict[str, Array], Figures]]:
+def make_gradients(sharded: Sharded, schedule: Schedule | None = None) -> Callable[..., Any]:
     """(weights, batch, key) -> (gradient of every trained weight, figures), on global arrays.
 
     The gradients come placed like the optimizer's state: with ZeRO-1 each is summed straight into its shards.
     With a pipeline they are computed as `schedule` says, by default the config's.
     """
     count = sharded.config.train.microbatches
-    share = 1 / (count * sharded.config.mesh.batch_shards())
+    share = 1 / (count * sharded.config.mesh.batch_shards())  # of a microbatch on a device, for means over tokens
     places = trained(sharded, optimizer_specs(sharded))
     schedule = schedule or (schedules.make(sharded.config) if sharded.stages else None)
 
@@ -90,31 +72,26 @@ def make_gradients(
         fixed = {name: value for name, value in weights.items() if name not in places}
         moving = {name: collectives.vary(weights[name], missing(sharded.specs[name])) for name in places}
 
-        def one(moving: dict[str, Array], part: Batch) -> tuple[dict[str, Array], Figures]:
-            def cost(moving: dict[str, Array]) -> tuple[Array, Figures]:
-                return objective(sharded, moving | fixed, part, tokens, share, key)
-
-            (_, figures), gradients = jax.value_and_grad(cost, has_aux=True)(moving)
-            return gradients, figures
+        def objective(moving: dict[str, Array], part: Batch) -> tuple[Array, Figures]:
+            """This device's part of what is minimised for one microbatch, and of the figures."""
+            model, run = sharded.build(moving | fixed), sharded.run(training=True, key=key, rows=part.rows)
+            output, _ = model(part.tokens, run, sight=model.see(part.images, run))
+            loss = text_loss(model, output.hidden, part, run) / tokens
+            cost, figures = router_cost(output.losses, share, sharded)
+            return loss + cost, figures._replace(loss=loss)
 
         if sharded.stages is None:
-            gradients, figures = accumulate(one, moving, batch, count)
+            gradients, figures = accumulate(jax.grad(objective, has_aux=True), moving, batch, count)
         else:
             gradients, figures = pipelined(sharded, schedule, moving, fixed, batch, tokens, share, key)
         gradients = {name: reduce(g, sharded.specs[name], places[name]) for name, g in gradients.items()}
         return gradients, collectives.total(figures, (*BATCH, "pipeline"))
 
-    return sharded.program(device, (batch_spec(sharded), P()), (places, FIGURES_SPEC))
+    return sharded.program(device, (rows(sharded.mesh.shape), P()), (places, P()))
 
 
-def batch_spec(sharded: Sharded) -> Any:
-    return Batch(*[rows(sharded.mesh.shape)] * len(Batch._fields))
-
-
-def pipelined(
-    sharded: Sharded, schedule: Schedule, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch,
-    tokens: Array, share: float, key: Array,
-) -> tuple[dict[str, Array], Figures]:
+def pipelined(sharded: Sharded, schedule: Schedule, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch,
+              tokens: Array, share: float, key: Array) -> tuple[dict[str, Array], Figures]:
     """The same as `accumulate` where the layers are split over stages."""
     fixed = {name: collectives.vary(value, missing(sharded.specs[name])) for name, value in fixed.items()}
     run, count = sharded.run(training=True, key=key), schedule.microbatches
@@ -129,12 +106,10 @@ def pipelined(
         sharded.stages.of_layers(figures.dropped))
 
 
-def spread_out(
-    sharded: Sharded, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch, run: Pass, count: int
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """`Stages.spread` of the moving weights, with what there is to see as if it were one of the stage's.
-
-    The images of all microbatches are encoded before the pipeline begins, each by one stage.
+def spread_out(sharded: Sharded, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch, run: Pass,
+               count: int) -> Spread:
+    """`Stages.spread` of the moving weights, with what there is to see as if it were one of the stage's: the images of
+    all microbatches are encoded before the pipeline begins, each by one stage.
     """
     local, shared = sharded.stages.spread(moving)
     if batch.images is not None:
@@ -144,11 +119,9 @@ def spread_out(
     return local, shared
 
 
-def stage_parts(
-    stages: Stages, spread: tuple[dict[str, Array], dict[str, Array]],
-    fixed: tuple[dict[str, Array], dict[str, Array]], batch: Batch, run: Pass,
-    of_routing: Callable[[Any], tuple[Array, Any]], of_loss: Callable[[Array, Batch], Any],
-) -> pipeline.Parts:
+def stage_parts(stages: Stages, spread: Spread, fixed: Spread, batch: Batch, run: Pass,
+                of_routing: Callable[[Any], tuple[Array, Any]],
+                of_loss: Callable[[Array, Batch], Any]) -> pipeline.Parts:
     """The model as a pipeline runs it.
 
     Args:
@@ -163,7 +136,7 @@ def stage_parts(
         return jax.tree.map(lambda x: x[m], batch)
 
     def first(shared: dict[str, Array], m: Array) -> Array:
-        return stages.build(some, shared | fixed[1]).embed(pick(m).tokens, run)
+        return stages.build(some, shared | fixed[1]).embed(batch.tokens[m], run)
 
     def middle(weights: dict[str, Array], x: Array, m: Array, c: Array) -> Any:
         part = pick(m)
@@ -206,9 +179,8 @@ def reduce(gradient: Array, weight: P, place: P) -> Array:
     return gradient
 
 
-def make_step(
-    sharded: Sharded, optimizer: optax.GradientTransformation, schedule: Schedule | None = None
-) -> Callable[..., Any]:
+def make_step(sharded: Sharded, optimizer: optax.GradientTransformation,
+              schedule: Schedule | None = None) -> Callable[..., Any]:
     """jitted (state, batch) -> (state, figures by name); the state given is consumed."""
     gradients_of, update = make_gradients(sharded, schedule), make_update(sharded, optimizer)
 
@@ -226,7 +198,7 @@ def step_key(sharded: Sharded, step: Array) -> Array:
 def make_update(sharded: Sharded, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
     """(state, gradients, figures) -> (state after the step, figures by name), on global arrays."""
     config = sharded.config
-    rate = schedule(config.optimizer, config.train.steps)
+    rate = learning_rate(config.optimizer, config.train.steps)
 
     def update(state: State, gradients: dict[str, Array], figures: Figures) -> tuple[State, dict[str, Array]]:
         norm = optax.tree.norm(gradients)  # of global arrays: every shard counts once
@@ -261,7 +233,6 @@ def balanced(sharded: Sharded, weights: dict[str, Array], load: Array) -> dict[s
 
 def make_evaluation(sharded: Sharded) -> Callable[[dict[str, Array], Batch], tuple[Array, Array]]:
     """jitted (weights, batch) -> (sum of the losses of its tokens in nats, their number)."""
-
     run = sharded.run(remat="none")
 
     def device(weights: dict[str, Array], batch: Batch) -> tuple[Array, Array]:
@@ -274,7 +245,17 @@ def make_evaluation(sharded: Sharded) -> Callable[[dict[str, Array], Batch], tup
             found = text_loss(model, output.hidden, batch, run), jnp.sum(batch.weights)
         return collectives.total(found, (*BATCH, "pipeline"))
 
-    return jax.jit(sharded.program(device, (batch_spec(sharded),), (P(), P())))
+    return jax.jit(sharded.program(device, (rows(sharded.mesh.shape),), (P(), P())))
+
+
+def validation_loss(sharded: Sharded, evaluation: Callable[..., Any], weights: dict[str, Array],
+                    batches: Iterable[Batch]) -> float:
+    """Mean over all targets of the batches, in nats per token."""
+    loss = tokens = 0.0
+    for batch in batches:
+        more, count = evaluation(weights, on_mesh(sharded.mesh, batch))
+        loss, tokens = loss + float(more), tokens + float(count)
+    return loss / tokens
 
 
 def pipeline_forwards(sharded: Sharded, weights: dict[str, Array], batch: Batch, run: Pass,

@@ -28,7 +28,7 @@ from moejax.parallel.axes import AXES, rows
 from moejax.train import state as states
 from moejax.train.fault import tell
 from moejax.train.optimizer import make_optimizer
-from moejax.train.step import batch_spec, make_gradients, make_update, pipeline_forwards, step_key
+from moejax.train.step import make_gradients, make_update, pipeline_forwards, step_key
 
 LOSS, GRADIENT = 1e-5, 1e-4
 
@@ -42,20 +42,11 @@ class Run(NamedTuple):
     decisions: np.ndarray  # [L B T A] expert, or -1 - expert where it was full
 
 
-class Difference(NamedTuple):
-    loss: float
-    norm: float
-    gradient: float  # the worst
-    tensor: str  # where that is
-    flips: int  # decisions that differ
-    wrong: list[str]  # what is beyond tolerance, the first tensor first
-
-
 def verify(config: Config, steps: int = 2) -> dict[str, Any]:
     """Compare every layout that the config and 8 fake devices (or its own, if more) allow with one device, and print a
     table on stderr on the way.
 
-    Returns: {"passed", "layouts": [{"layout", "loss", "gradient", "tensor", "flips", "clip_norm", "passed"}], "first"}.
+    Returns: {"passed", "first": what is wrong first, "layouts": [{"layout"} and what `compare` gives]}.
     Raises ConfigError: the config leaves nothing to compare with, or its text cannot be used.
     """
     if steps < 1:
@@ -76,15 +67,13 @@ def verify(config: Config, steps: int = 2) -> dict[str, Any]:
         f"{'worst':<7}  {'decisions':<10} {'':<8} worst gradient in")
     found = []
     for name, case in cases:
-        d = compare(reference, run(case, weights, batches))
-        decisions, mark = f"{d.flips} differ" if d.flips else "equal", "DIFFERS" if d.wrong else "same"
-        tell(f"{name:<46} {d.loss:>7.1e}  {d.norm:>7.1e}  {d.gradient:>7.1e}  {decisions:<10} {mark:<8} {d.tensor}")
-        found.append((name, d))
-    first = next((f"{name}: {d.wrong[0]}" for name, d in found if d.wrong), None)
+        found.append({"layout": name} | (d := compare(reference, run(case, weights, batches))))
+        decisions, mark = f"{d['flips']} differ" if d["flips"] else "equal", "same" if d["passed"] else "DIFFERS"
+        tell(f"{name:<46} {d['loss']:>7.1e}  {d['clip_norm']:>7.1e}  {d['gradient']:>7.1e}  {decisions:<10} {mark:<8} "
+             f"{d['tensor']}")
+    first = next((f"{d['layout']}: {d['wrong'][0]}" for d in found if d["wrong"]), None)
     tell(f"verify: {first}" if first else f"verify: {len(found)} layouts give the same numbers")
-    return {"passed": first is None, "first": first, "layouts": [
-        {"layout": name, "loss": d.loss, "clip_norm": d.norm, "gradient": d.gradient, "tensor": d.tensor,
-         "flips": d.flips, "passed": not d.wrong} for name, d in found]}
+    return {"passed": first is None, "first": first, "layouts": found}
 
 
 def opened(weights: dict[str, Array]) -> dict[str, Array]:
@@ -99,58 +88,50 @@ def single(config: Config) -> Config:
 
 def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
     """Named variants of the config that its sizes allow: meshes first, then options, dispatchers and microbatches."""
-    found, own = [], config
-    config = single(config)
+    own, config = config, single(config)
+    found: dict[Config, str] = {}
 
-    def add(name: str, case: Config) -> None:
-        if not configs.check(case) and case not in [config, *(c for _, c in found)]:
-            found.append((name, case))
+    def add(name: str, mesh: configs.Mesh, *counts: int, **moe: str) -> None:
+        """With the first number of microbatches that is allowed, if any is."""
+        model = replace(config.model, moe=replace(config.model.moe, **moe))
+        every = (replace(config, mesh=mesh, model=model, train=replace(config.train, microbatches=count))
+                 for count in counts or ((4, 2, 1) if mesh.pipeline > 1 else (1,)))
+        case = next((case for case in every if not configs.check(case)), config)
+        if case != config:
+            found.setdefault(case, name)
 
-    def cut(mesh: configs.Mesh, count: int) -> Config:
-        return replace(config, mesh=mesh, train=replace(config.train, microbatches=count))
-
-    def add_pipeline(mesh: configs.Mesh) -> None:
-        """With the most microbatches that the batch allows."""
-        fits = [case for count in (4, 2, 1) if not configs.check(case := cut(mesh, count))]
-        if fits:
-            add(describe(mesh), fits[0])
+    def fit(*axes: str) -> configs.Mesh | None:
+        """The mesh of these axes, each 2 or longer, that uses the most of the devices and that the config allows."""
+        every = (configs.Mesh(**dict(zip(axes, lengths, strict=True)))
+                 for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)))
+        allowed = (mesh for mesh in every if mesh.devices() <= devices)
+        return max((mesh for mesh in allowed if not configs.check(replace(config, mesh=mesh))),
+                   key=configs.Mesh.devices, default=None)
 
     for count in (1, 2, 3):
         for axes in itertools.combinations(("data", "fsdp", "pipeline", "expert", "tensor"), count):
-            mesh = largest(config, axes, devices)
-            if mesh and mesh.pipeline > 1:
-                add_pipeline(mesh)
-            elif mesh:
-                add(describe(mesh), replace(config, mesh=mesh))
-    if pipe := largest(config, ("pipeline", "tensor"), devices) or largest(config, ("pipeline",), devices):
+            if mesh := fit(*axes):
+                add(describe(mesh), mesh)
+    if pipe := fit("pipeline", "tensor") or fit("pipeline"):
         uneven = (config.model.layers - pipe.pipeline + 1, *[1] * (pipe.pipeline - 1))
         for changes in ({"schedule": "gpipe"}, {"schedule": "zero_bubble"}, {"schedule": "interleaved", "chunks": 2},
                         {"stage_layers": uneven}):
             for stages in (pipe.pipeline, 2):  # several chunks need more layers
-                add_pipeline(replace(pipe, **{"pipeline": stages} | changes))
-    add("as configured", replace(own, mesh=replace(own.mesh, fake_devices=0)))
-    if mesh := largest(config, ("data", "tensor"), devices):
+                mesh = replace(pipe, **{"pipeline": stages} | changes)
+                add(describe(mesh), mesh)
+    add("as configured", replace(own.mesh, fake_devices=0), own.train.microbatches)
+    if mesh := fit("data", "tensor"):
         for option in ("sequence", "zero1"):
-            add(f"{describe(mesh)} {option}", replace(config, mesh=replace(mesh, **{option: True})))
-    base = next((mesh for axes in (("data", "expert", "tensor"), ("expert", "tensor"), ("expert",), ("data",))
-                 if (mesh := largest(config, axes, devices))), configs.Mesh())
+            add(f"{describe(mesh)} {option}", replace(mesh, **{option: True}))
+    base = fit("data", "expert", "tensor") or fit("expert", "tensor") or fit("expert") or fit("data") or configs.Mesh()
     if "M" in config.model.layer_kinds():
         for dispatcher, mesh in itertools.product(("sorted", "blocked", "einsum"), (configs.Mesh(), base)):
-            model = replace(config.model, moe=replace(config.model.moe, dispatcher=dispatcher))
-            add(f"{describe(mesh)} {dispatcher}", replace(config, model=model, mesh=mesh))
+            add(f"{describe(mesh)} {dispatcher}", mesh, dispatcher=dispatcher)
     for count, mesh in itertools.product((2, 4), (configs.Mesh(), base)):
-        add(f"{describe(mesh)} microbatches {count}", cut(mesh, count))
-    if config.model.moe.balance_scope == "batch":  # whose loss is defined over a microbatch
-        found = [(name, case) for name, case in found if case.train.microbatches == 1]
-    return found
-
-
-def largest(config: Config, axes: tuple[str, ...], devices: int) -> configs.Mesh | None:
-    """The mesh of these axes, each 2 or longer, that uses the most of the devices and that the config allows."""
-    every = (configs.Mesh(**dict(zip(axes, lengths, strict=True)))
-             for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)))
-    fit = [mesh for mesh in every if mesh.devices() <= devices and not configs.check(replace(config, mesh=mesh))]
-    return max(fit, key=configs.Mesh.devices, default=None)
+        add(f"{describe(mesh)} microbatches {count}", mesh, count)
+    # The balance loss of a batch is defined over a microbatch.
+    return [(name, case) for case, name in found.items()
+            if case.train.microbatches == 1 or config.model.moe.balance_scope != "batch"]
 
 
 def describe(mesh: configs.Mesh) -> str:
@@ -203,11 +184,15 @@ def make_decisions(sharded: Sharded) -> Any:
         found = sharded.stages.of_layers(found.reshape(*found.shape[:2], -1, *found.shape[4:]))
         return collectives.total(found, ("pipeline",))
 
-    return sharded.program(device, (batch_spec(sharded), P()), P(None, *rows(sharded.mesh.shape)))
+    return sharded.program(device, (rows(sharded.mesh.shape), P()), P(None, *rows(sharded.mesh.shape)))
 
 
-def compare(a: Run, b: Run) -> Difference:
-    """How far b is from a."""
+def compare(a: Run, b: Run) -> dict[str, Any]:
+    """How far b is from a.
+
+    Returns: {"loss", "clip_norm", "gradient": the worst, "tensor": where that is, "flips": decisions that differ,
+        "passed", "wrong": what is beyond tolerance, the first tensor first}.
+    """
     def relative(x: list[float], y: list[float]) -> float:
         return max(abs(p - q) / max(abs(p), 1e-30) if np.isfinite(q) else np.inf for p, q in zip(x, y, strict=True))
 
@@ -220,7 +205,8 @@ def compare(a: Run, b: Run) -> Difference:
     wrong += [f"loss differs by {loss:.1e} (at most {LOSS:.0e}): {a.losses} and {b.losses}"] * (not loss <= LOSS)
     wrong += [f"clip norm differs by {norm:.1e} (at most {LOSS:.0e}): {a.norms} and {b.norms}"] * (not norm <= LOSS)
     wrong += [f"{flips} routing decisions differ"] * (flips > 0)
-    return Difference(loss, norm, gaps[tensor], tensor, flips, wrong)
+    return {"loss": loss, "clip_norm": norm, "gradient": gaps[tensor], "tensor": tensor, "flips": flips,
+            "passed": not wrong, "wrong": wrong}
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:

@@ -70,7 +70,7 @@ def disk(folder: Path) -> dict[str, float]:
     sharded = Sharded(config, meshes.make_mesh(config.mesh, jax.devices()[:1]))
     optimizer = make_optimizer(config.optimizer, 10, states.trained(sharded, sharded.axes))
     state = jax.block_until_ready(states.fresh(sharded, optimizer))
-    layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
+    layout = states.abstract(sharded, optimizer)
     size = sum(x.nbytes for x in jax.tree.leaves(state))
     taken: dict[str, list[float]] = {}
 
@@ -102,7 +102,7 @@ def disk(folder: Path) -> dict[str, float]:
         checkpoints.settle()
         taken.setdefault("save", []).append(time.perf_counter() - begin)
         timed("write", write)
-        timed("restore", lambda: jax.block_until_ready(checkpoints.restore(*layout)[0]))
+        timed("restore", lambda: jax.block_until_ready(checkpoints.restore(layout)[0]))
         timed("read", read)
     checkpoints.close()
     middle = {name: statistics.median(values[1:]) for name, values in taken.items()}

@@ -24,9 +24,8 @@ from moejax.parallel import mesh as meshes
 from moejax.parallel import processes
 from moejax.parallel.processes import Group, Unreachable, detect
 from moejax.train import state as states
-from moejax.train.evaluate import validation_loss
 from moejax.train.optimizer import make_optimizer
-from moejax.train.step import make_evaluation, make_step
+from moejax.train.step import make_evaluation, make_step, validation_loss
 
 MESHES = {"data, expert, tensor": Mesh(data=2, expert=2, tensor=2, fake_devices=8),
           "pipeline": Mesh(pipeline=2, expert=4, fake_devices=8)}

@@ -210,7 +210,7 @@ def test_checkpoints_in_another_folder(runs, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("words, problem", [
-    (("list", "{home}/none"), "a run folder holds a config.json; {home}/none has none; give the run_dir of a training"),
+    (("list", "{home}/none"), "what is meant is a run folder; {home}/none holds no config.json; name another"),
     (("verify", "{home}/empty"), "a run folder holds checkpoints; {home}/empty has none; train it first"),
     (("diff", "{a}", "{a}@3"), "RUN@STEP names a checkpoint; {a} has none of step 3; it has steps 2, 4"),
     (("diff", "{a}"), "checkpoint diff takes two runs; got 1"),

@@ -31,7 +31,7 @@ from moejax.train.checkpoint import (
     Checkpoints,
     Damaged,
     Position,
-    SaveFailed,
+    RunFailed,
     adding,
     checksums,
     read_manifest,
@@ -160,8 +160,8 @@ def optimizer_of(name: str):
     return make_optimizer(replace(CONFIG.optimizer, name=name), 10, axes)
 
 
-def layout(mesh: str, name: str = "adamw") -> tuple[State, State]:
-    return abstract(on(mesh), optimizer_of(name)), shardings(on(mesh), optimizer_of(name))
+def layout(mesh: str, name: str = "adamw") -> State:
+    return abstract(on(mesh), optimizer_of(name))
 
 
 def random_like(tree, seed: int):
@@ -178,18 +178,18 @@ def random_like(tree, seed: int):
 
 def state_of(step: int, mesh: str = "one", name: str = "adamw") -> State:
     """Some state after `step` steps, no two numbers of it alike."""
-    shape, places = layout(mesh, name)
-    return jax.tree.map(jax.device_put, random_like(shape, step)._replace(step=np.int32(step)), places)
+    numbers = random_like(layout(mesh, name), step)._replace(step=np.int32(step))
+    return jax.tree.map(jax.device_put, numbers, shardings(on(mesh), optimizer_of(name)))
 
 
-def assert_same(got: State, expected: State, places: State) -> None:
+def assert_same(got: State, expected: State, layout: State) -> None:
     assert jax.tree.structure(got) == jax.tree.structure(expected)
 
-    def one(x, y, place):
-        assert x.dtype == y.dtype and x.sharding.is_equivalent_to(place, x.ndim)
+    def one(x, y, kind):
+        assert x.dtype == y.dtype and x.sharding.is_equivalent_to(kind.sharding, x.ndim)
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
-    jax.tree.map(one, got, expected, places)
+    jax.tree.map(one, got, expected, layout)
 
 
 def opened(run_dir: Path, say: Callable[[str], None] = lambda text: None, config: Config = CONFIG,
@@ -235,24 +235,24 @@ def run(two, tmp_path) -> Path:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_onto_any_mesh_and_back(run, tmp_path, mesh):
     with opened(run) as checkpoints:
-        state, position = checkpoints.restore(*layout(mesh))
+        state, position = checkpoints.restore(layout(mesh))
     assert position == Position(4, 3)
-    assert_same(state, state_of(4), layout(mesh)[1])
+    assert_same(state, state_of(4), layout(mesh))
     with opened(tmp_path / "back") as checkpoints:
         checkpoints.save(state, position)
     # the names, shapes and checksums do not tell on how many devices it was
     assert manifest_of(tmp_path / "back", 4)["arrays"] == manifest_of(run, 4)["arrays"]
     with opened(tmp_path / "back") as checkpoints:
-        state, position = checkpoints.restore(*layout("one"))
-    assert_same(state, state_of(4), layout("one")[1])
+        state, position = checkpoints.restore(layout("one"))
+    assert_same(state, state_of(4), layout("one"))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_other_optimizers(tmp_path, name):
     save(tmp_path, 7, mesh="stages of 1 and 3", name=name)
     with opened(tmp_path) as checkpoints:
-        state, _ = checkpoints.restore(*layout("one", name))
-    assert_same(state, state_of(7, name=name), layout("one", name)[1])
+        state, _ = checkpoints.restore(layout("one", name))
+    assert_same(state, state_of(7, name=name), layout("one", name))
 
 
 def test_the_manifest_has_the_checksum_of_every_array(two):
@@ -277,7 +277,7 @@ def test_what_the_next_step_overwrites_is_saved_as_it_was(tmp_path):
         checkpoints.save(state, Position(2, 0))
         state = jax.block_until_ready(step(state))
     with opened(tmp_path) as checkpoints:
-        assert_same(checkpoints.restore(*layout("one"))[0], state_of(2), layout("one")[1])
+        assert_same(checkpoints.restore(layout("one"))[0], state_of(2), layout("one"))
 
 
 @pytest.mark.parametrize("mesh", ["one", "ZeRO-1"])
@@ -323,7 +323,7 @@ def test_another_folder(tmp_path):
     save(tmp_path / "run", 2, folder=folder)
     assert not (tmp_path / "run").exists() and (Path(folder) / "2").is_dir()
     with opened(tmp_path / "moved", folder=folder) as checkpoints:
-        assert checkpoints.restore(*layout("one"))[1] == Position(2, 3)
+        assert checkpoints.restore(layout("one"))[1] == Position(2, 3)
     sharded = Sharded(replace(CONFIG, checkpoint=Checkpoint(folder=folder)), on("one").mesh)
     np.testing.assert_array_equal(restore_weights(tmp_path / "run", sharded)["embedding"],
                                   state_of(2).weights["embedding"])
@@ -340,7 +340,7 @@ def test_what_a_save_left_half_done_does_not_count_and_goes(run):
 def test_the_last_state_is_saved_once(run):
     said = []
     with opened(run, said.append) as checkpoints:
-        checkpoints.restore(*layout("one"))
+        checkpoints.restore(layout("one"))
         before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
         checkpoints.finish(state_of(4), Position(4, 3))
         assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == before
@@ -351,15 +351,15 @@ def test_the_last_state_is_saved_once(run):
 
 def test_a_run_without_checkpoints_has_none_to_go_on_from(tmp_path):
     with opened(tmp_path) as checkpoints:
-        assert checkpoints.restore(*layout("one")) is None and checkpoints.newest() is None
+        assert checkpoints.restore(layout("one")) is None and checkpoints.newest() is None
 
 
 def test_back_to_a_step_puts_the_newer_ones_aside(run):
     said = []
     with opened(run, said.append) as checkpoints:
-        assert checkpoints.restore(*layout("one"), before=1) is None
+        assert checkpoints.restore(layout("one"), before=1) is None
         assert steps_in(run) == ["2", "4"] and said == []
-        state, position = checkpoints.restore(*layout("one"), before=3)
+        state, position = checkpoints.restore(layout("one"), before=3)
         assert position == Position(2, 3) and checkpoints.newest() == 2
         checkpoints.save(state_of(4, name="adamw")._replace(step=state.step + 2), Position(4, 5))
     (aside,) = (run / "checkpoints" / "aside").iterdir()
@@ -370,25 +370,21 @@ def test_back_to_a_step_puts_the_newer_ones_aside(run):
 
 def test_going_back_waits_for_the_save_in_the_background(tmp_path, monkeypatch):
     """One that is being written has no manifest yet, and is not damaged."""
-    begun, said, make = threading.Event(), [], checkpoint.maker
+    begun, said, make = threading.Event(), [], checkpoint.SaveManifest.make
 
-    def slowly(*args):
-        made = make(*args)
+    def slowly(manifest):
+        begun.wait()
+        return make(manifest)
 
-        def wait():
-            begun.wait()
-            return made()
-        return wait
-
-    monkeypatch.setattr(checkpoint, "maker", slowly)
+    monkeypatch.setattr(checkpoint.SaveManifest, "make", slowly)
     with opened(tmp_path, said.append) as checkpoints:
         checkpoints.save(state_of(2), Position(2, 0))
         checkpoints.check(3)
         assert checkpoints.saving == 2  # the run goes on meanwhile
         threading.Timer(0.3, begun.set).start()
-        state, position = checkpoints.restore(*layout("one"))
+        state, position = checkpoints.restore(layout("one"))
     assert said == [] and position == Position(2, 0)
-    assert_same(state, state_of(2), layout("one")[1])
+    assert_same(state, state_of(2), layout("one"))
 
 
 # Damage
@@ -450,10 +446,10 @@ def test_a_damaged_one_is_told_and_kept_aside_and_the_one_before_is_taken(run, k
     harmed = {path.name: path.read_bytes() for path in (run / "checkpoints" / "4").rglob("*") if path.is_file()}
     said = []
     with opened(run, said.append) as checkpoints:
-        state, position = checkpoints.restore(*layout("one"))
+        state, position = checkpoints.restore(layout("one"))
         assert position == Position(2, 3) and checkpoints.newest() == 2
         checkpoints.save(state_of(4), Position(4, 0))  # it is not in the way
-    assert_same(state, state_of(2), layout("one")[1])
+    assert_same(state, state_of(2), layout("one"))
     (aside,) = (run / "checkpoints" / "aside").iterdir()
     assert {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()} == harmed
     assert said[0].startswith(f"the checkpoint of step 4 in {run}/checkpoints is damaged: {what}")
@@ -478,7 +474,7 @@ def test_several_processes_write_a_manifest_each(run):
 
     _, second = write(0, parts[0]), write(1, parts[1])
     with opened(run, said.append) as checkpoints:
-        assert checkpoints.restore(*layout("one"))[1] == Position(4, 3) and said == []
+        assert checkpoints.restore(layout("one"))[1] == Position(4, 3) and said == []
     assert manifest_of(run, 4)["arrays"] == made["arrays"]
     first = next(iter(made["arrays"]))
     for harm, what in ((lambda: second.unlink(), UNREADABLE), (lambda: write(1, parts[1] | {"step": 2}), EDITED),
@@ -494,7 +490,7 @@ def test_the_array_that_is_damaged_is_named(run):
     flip(run / "checkpoints" / "4")
     said = []
     with opened(run, said.append) as checkpoints:
-        checkpoints.restore(*layout("one"))
+        checkpoints.restore(layout("one"))
     count = len(manifest_of(run, 2)["arrays"])
     named = said[0].removeprefix(f"the checkpoint of step 4 in {run}/checkpoints is damaged: 1 of its {count} arrays "
                                  "are not as they were saved, first ")
@@ -514,7 +510,7 @@ def test_all_damaged(run):
     shutil.rmtree(run / "checkpoints" / "4" / "arrays")
     said = []
     with opened(run, said.append) as checkpoints, pytest.raises(ConfigError) as error:
-        checkpoints.restore(*layout("one"))
+        checkpoints.restore(layout("one"))
     assert error.value.problems == [
         f"a run goes on from a good checkpoint; all in {run}/checkpoints are damaged (steps 2, 4); bring one back from "
         "a copy, or set run_dir to a new folder"]
@@ -528,7 +524,7 @@ def test_another_model_is_no_damage(run):
     """Its checkpoints stay where they are."""
     other = on("one", hidden=16)
     with opened(run) as checkpoints, pytest.raises(ConfigError) as error:
-        checkpoints.restore(abstract(other, optimizer_of("adamw")), shardings(other, optimizer_of("adamw")))
+        checkpoints.restore(abstract(other, optimizer_of("adamw")))
     (problem,) = error.value.problems
     assert problem.startswith("a checkpoint is read by the model that wrote it; step 4 in "
                               f"{run}/checkpoints is of another: weights/runs.0.0.feed.")
@@ -536,7 +532,7 @@ def test_another_model_is_no_damage(run):
     assert problem.endswith(" …; undo the change of the config") and steps_in(run) == ["2", "4"]
     with pytest.raises(ConfigError) as error:
         with opened(run) as checkpoints:
-            checkpoints.restore(*layout("one", "muon"))
+            checkpoints.restore(layout("one", "muon"))
     assert " is missing there and " in error.value.problems[0]
     with pytest.raises(ConfigError, match="is of another: weights/runs"):
         restore_weights(run, other)
@@ -545,16 +541,16 @@ def test_another_model_is_no_damage(run):
 def test_other_random_numbers(run):
     for here in (jax.threefry_partitionable(False), jax.default_prng_impl("rbg")):
         with here, opened(run) as checkpoints, pytest.raises(ConfigError) as error:
-            checkpoints.restore(*layout("one"))
+            checkpoints.restore(layout("one"))
         assert error.value.problems[0].startswith(
             "a run draws the same random numbers to its end; it began with {'impl': 'threefry2x32', 'partitionable': "
             "True, 'seed': 0}, and this process has {")
     other = replace(CONFIG, train=Train(seed=1))
     with opened(run, config=other) as checkpoints, pytest.raises(ConfigError, match=r"'seed': 0.* has .*'seed': 1"):
-        checkpoints.restore(*layout("one"))
+        checkpoints.restore(layout("one"))
     flip(run / "checkpoints" / "4")
     with opened(run, config=other) as checkpoints, pytest.raises(ConfigError, match="the same random numbers"):
-        checkpoints.restore(*layout("one"))
+        checkpoints.restore(layout("one"))
     assert steps_in(run) == ["2", "4"]  # what is refused changes nothing
 
 
@@ -605,7 +601,7 @@ def test_a_full_disk(small_disk, tmp_path, keep):
             assert said[-1].endswith("; the last good one is of step 2; trying again") and checkpoints.newest() == 2
         assert len(said) == 2 and "No space left" in said[0]
         with opened(tmp_path, folder=str(folder), keep=keep) as others:
-            assert_same(others.restore(*layout("one"))[0], state_of(2), layout("one")[1])
+            assert_same(others.restore(layout("one"))[0], state_of(2), layout("one"))
         time.sleep(0.5)  # threads of the failed saves go on for a moment
         rest.unlink()
         assert [checkpoints.due(step) for step in (6, 7, 8)] == [False, True, True]  # after 1 step, then 2
@@ -615,7 +611,7 @@ def test_a_full_disk(small_disk, tmp_path, keep):
     assert len(said) == 2
     assert sorted(path.name for path in folder.iterdir()) == ["2", "7"][-keep:]
     with opened(tmp_path, folder=str(folder), keep=keep) as checkpoints:
-        assert checkpoints.restore(*layout("one"))[1] == Position(7, 0)
+        assert checkpoints.restore(layout("one"))[1] == Position(7, 0)
 
 
 def test_a_folder_that_cannot_be_written_for_a_while(run):
@@ -662,7 +658,7 @@ def test_a_failure_is_told_and_tried_again_ever_more_seldom(run, monkeypatch):
 def test_a_failure_in_the_background_is_told_by_the_step_that_notices(run, monkeypatch):
     said = []
     with opened(run, said.append) as checkpoints:
-        monkeypatch.setattr(checkpoint, "maker", lambda *args: broken)
+        monkeypatch.setattr(checkpoint.SaveManifest, "make", broken)
         checkpoints.save(state_of(6), Position(6, 0))
         monkeypatch.undo()
         for _ in range(1000):
@@ -692,7 +688,7 @@ def test_a_folder_that_cannot_even_be_looked_at_for_a_while(run, monkeypatch):
 def test_a_failure_at_the_end_is_told_once(run, monkeypatch):
     """As when the run ends for another reason, which must not be hidden."""
     said = []
-    monkeypatch.setattr(checkpoint, "maker", lambda *args: broken)
+    monkeypatch.setattr(checkpoint.SaveManifest, "make", broken)
     with pytest.raises(ZeroDivisionError), opened(run, said.append) as checkpoints:
         checkpoints.save(state_of(6), Position(6, 0))
         raise ZeroDivisionError
@@ -717,7 +713,7 @@ def test_a_last_state_that_cannot_be_saved(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", broken)
     said = []
-    with opened(run, said.append) as checkpoints, pytest.raises(SaveFailed) as error:
+    with opened(run, said.append) as checkpoints, pytest.raises(RunFailed) as error:
         checkpoints.finish(state_of(6), Position(6, 0))
     assert str(error.value) == (
         "the checkpoint of step 6, the last, could not be saved; the last good one is of step 4; make room in "
@@ -728,7 +724,7 @@ def test_a_last_state_that_cannot_be_saved(run, monkeypatch):
 def test_processes_that_could_not_go_on_together_end(run, monkeypatch):
     with opened(run) as checkpoints:
         monkeypatch.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(SaveFailed) as error:
+        with pytest.raises(RunFailed) as error:
             checkpoints.failed(OSError("no"), 6)
         monkeypatch.undo()
     assert str(error.value) == "the checkpoint of step 6 could not be saved (no); the last good one is of step 4"

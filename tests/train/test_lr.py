@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.config import Optimizer
-from moejax.train.lr import schedule
+from moejax.train.optimizer import learning_rate
 
 
 def rates(steps: int, *at: int, **changes) -> list[float]:
-    rate = schedule(Optimizer(**{"lr": 8.0, "final_lr": 0.25, "warmup": 4} | changes), steps)
+    rate = learning_rate(Optimizer(**{"lr": 8.0, "final_lr": 0.25, "warmup": 4} | changes), steps)
     return [float(rate(jnp.int32(step))) for step in at]
 
 
@@ -55,7 +55,7 @@ def test_rsqrt():
 @pytest.mark.parametrize("name", ["cosine", "wsd", "rsqrt"])
 def test_it_is_smooth_traceable_and_positive(name):
     steps = jnp.arange(24)
-    found = jax.jit(jax.vmap(schedule(Optimizer(lr=8.0, warmup=4, schedule=name), 24)))(steps)
+    found = jax.jit(jax.vmap(learning_rate(Optimizer(lr=8.0, warmup=4, schedule=name), 24)))(steps)
     assert found.dtype == jnp.float32
     assert bool(jnp.all((found > 0) & (found <= 8)))
     assert bool(jnp.all(jnp.diff(found[3:]) <= 1e-6))  # only down after the warmup

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -43,13 +42,13 @@ def test_each_record_is_a_line_on_disk_at_once(tmp_path):
         assert read_metrics(tmp_path / "new" / "run") == [record(1), record(2, 1.5)]
 
 
-def test_what_is_not_finite_is_null_and_arrays_are_lists(tmp_path):
+def test_what_is_not_finite_is_null(tmp_path):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     with MetricsLog(tmp_path) as log:
-        log.write({"step": np.int64(1), "loss": float("nan"), "grad_norm": np.float32("inf"), "lr": np.float32(0.25),
-                   "drop_fraction": np.array([0.5, np.nan]), "expert_load": [[0.25, float("-inf")]]})
+        log.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.25,
+                   "drop_fraction": [0.5, float("nan")], "expert_load": [[0.25, float("-inf")]]})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=refuse) == {
         "step": 1, "loss": None, "grad_norm": None, "lr": 0.25, "drop_fraction": [0.5, None],

@@ -1,12 +1,14 @@
 """The report of a run: the numbers it states, what it draws, and that the page needs and runs nothing from outside."""
 
 import base64
+import io
 import json
 import math
 import re
 import struct
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -192,8 +194,8 @@ def test_a_run_that_was_never_finite(tmp_path):
 
 
 def test_wrong_folders_are_refused_with_what_is_missing(tmp_path):
-    a_run(tmp_path / "good")
-    for name, message in (("god", f"god does not exist; give a training run's run_dir, such as {tmp_path / 'good'}"),
+    good = a_run(tmp_path / "good")
+    for name, message in (("god", f"god has no config.json; give a training run's run_dir, such as {good}"),
                           ("empty", "empty has no config.json; give a training run's run_dir")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ConfigError) as error:
@@ -220,14 +222,22 @@ def test_smooth_takes_the_mean_around_a_step():
     assert report.smooth(values)[50] == 5 / 4 and np.isnan(report.smooth(values)[49])
 
 
-def test_thin_keeps_a_long_curve_small_and_its_spikes():
-    steps, values = np.arange(10_000.0), np.ones(10_000)
-    values[[1234, 7000]] = [50, -50]
-    values[9000:9500] = np.nan
-    thinned = report.thin(steps, values)
-    assert len(thinned[0]) <= report.POINTS
-    assert {(1234, 50), (7000, -50)} <= set(zip(*thinned, strict=True))
-    assert len(report.thin(steps[:800], values[:800])[0]) == 800
+def test_a_long_curve_stays_small_and_keeps_its_spikes():
+    """Matplotlib leaves out the points that nobody could see."""
+    steps, values, file = np.arange(1e5), np.random.default_rng(0).normal(size=100_000), io.StringIO()
+    values[[1234, 70_000]] = [50, -50]
+    values[90_000:95_000] = np.nan
+    with matplotlib.rc_context(report.STYLE):
+        figure = Figure()
+        axes = figure.subplots()
+        report.curve(axes, steps, values)
+        figure.savefig(file, format="svg")
+    line = max(re.findall(r' d="([^"]*)"', file.getvalue()), key=len)
+    assert len(line) < 30_000
+    drawn = [tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", line)]
+    places = axes.transData.transform([(1234, 50), (70_000, -50)]) * 72 / figure.dpi
+    for x, y in places:
+        assert min(abs(x - at) + abs(figure.get_figheight() * 72 - y - height) for at, height in drawn) < 1
 
 
 def test_a_deep_model_shows_eight_layers_over_its_whole_depth(tmp_path):

@@ -193,12 +193,12 @@ def test_damage_is_noticed_or_harmless(home, whole, tmp_path, count, seed):
     config = configs.from_json((whole / "config.json").read_text())
     sharded = Sharded(config, make_mesh(configs.Mesh(), jax.devices()[:1]))
     optimizer = make_optimizer(config.optimizer, STEPS, states.trained(sharded, sharded.axes))
-    layout = states.abstract(sharded, optimizer), states.shardings(sharded, optimizer)
+    layout = states.abstract(sharded, optimizer)
 
     def restored(run: Path, said: list[str]) -> tuple[int, dict[str, np.ndarray]]:
         place = configs.put(config, ["run_dir"], str(run))
         checkpoints = Checkpoints(place, said.append)
-        state, position = checkpoints.restore(*layout)
+        state, position = checkpoints.restore(layout)
         checkpoints.close()
         assert int(state.step) == position.step
         return position.step, jax.device_get(flat(state))
