@@ -1,9 +1,8 @@
 """One executor for every pipeline schedule, inside the one-device program.
 
 The ticks of the table are the steps of `lax.scan`s.  A backward computes its part again from the saved input, or takes
-what the forward saved, and differentiates that alone, so that nothing grows with the number of microbatches but the
-table; autodiff never sees a scan over ticks.  Memory and traffic are planned from the table before anything runs:
-which slot of which buffer holds what arrives, and until when.
+what the forward saved, and differentiates that alone: autodiff never sees a scan over ticks, and only the table grows
+with the number of microbatches.  Which slot of which buffer holds what arrives, and until when, is planned before.
 """
 
 import itertools
@@ -27,7 +26,7 @@ class Parts(NamedTuple):
     first: Callable[[Any, Array], Array]  # (shared weights, m) -> x
     middle: Callable[[Any, Array, Array, Array], Any]  # (chunk's weights, x, m, c) -> ((y, cost), figures)
     last: Callable[[Any, Array, Array], Any]  # (shared weights, y, m) -> cost, or in `forwards` anything to be summed
-    fixed: Any = None  # weights of this stage that get no gradient: a dict, as then the others are, that `middle` joins
+    fixed: dict[str, Array]  # weights of this stage that get no gradient; `middle` has them beside the chunk's
 
 
 class Plan(NamedTuple):
@@ -55,9 +54,8 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
             columns[f"{kind}_{what}"][tick, stage] = value
 
     def allocate(waits: list[tuple[int, int]], begin: Any, end: Any, **fill: Any) -> int:
-        """Gives every (m, part) that waits the lowest slot that is free; returns how many there are.
-
-        Args: begin, end: (m, part) -> tick; fill: column -> its tick of (m, part), in which the slot is written down.
+        """Gives each (m, part) that waits from tick `begin` to `end` the lowest slot that is free, written down in the
+        columns and ticks of `fill`; returns how many there are.  All three are functions of (m, part).
         """
         busy: dict[int, list[int]] = {stage: [] for stage in range(stages)}  # until when, by slot
         for m, part in sorted(waits, key=lambda wait: begin(*wait)):
@@ -69,23 +67,21 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
                     columns[column][tick(m, part), part % stages] = slot
         return max(map(len, busy.values()))
 
-    def tick_of(kind: str) -> Any:
-        return lambda m, part: at[kind, m, part]
-
     def arrives(m: int, part: int) -> int | None:
         return at["F", m, part - 1] + 1 if part else None
 
     def returns(m: int, part: int) -> int:
         return at["B", m, part + 1] + 1
 
+    forward, backward, weights = (lambda m, part, kind=kind: at[kind, m, part] for kind in "FBW")
     ops = {kind: [(m, part) for k, m, part in at if k == kind] for kind in "FBW"}
-    inputs = allocate(ops["F"], lambda m, part: arrives(m, part) if part else at["F", m, part],
-                      tick_of("B" if train and not save else "F"), get_x=arrives, f_slot=tick_of("F"),
-                      **({"b_slot": tick_of("B")} if train else {}))
-    saved = allocate(ops["F"], tick_of("F"), tick_of("B"), f_save=tick_of("F"), b_saved=tick_of("B")) if save else 0
+    inputs = allocate(ops["F"], lambda m, part: arrives(m, part) if part else forward(m, part),
+                      backward if train and not save else forward, get_x=arrives, f_slot=forward,
+                      **({"b_slot": backward} if train else {}))
+    saved = allocate(ops["F"], forward, backward, f_save=forward, b_saved=backward) if save else 0
     back = [(m, part) for m, part in ops["B"] if part < last]
-    grads = allocate(back, returns, tick_of("B"), get_dy=returns, b_got=tick_of("B"))
-    owed = allocate(ops["W"], tick_of("B"), tick_of("W"), b_owed=tick_of("B"), w_slot=tick_of("W"))
+    grads = allocate(back, returns, backward, get_dy=returns, b_got=backward)
+    owed = allocate(ops["W"], backward, weights, b_owed=backward, w_slot=weights)
     for column, size in (("get_x", inputs), ("get_dy", grads)):
         columns[column][columns[column] < 0] = size  # the slot after the last is for what nobody needs
     return Plan(columns, inputs, saved, grads, owed)
@@ -144,21 +140,16 @@ def complete(kept: Iterable[Array], kinds: Sequence[Any], both: Any) -> list[Arr
 
 def differentiate(parts: Parts, w: Any, fixed: Any, x: Array, m: Array, c: Array) -> tuple[Any, Any, list[Array], Any]:
     """(y, cost), figures, and the function that takes gradients back as its leaves and its tree."""
-    out, pull, figures = jax.vjp(lambda w, x: parts.middle(join(w, fixed), x, m, c), w, x, has_aux=True)
+    out, pull, figures = jax.vjp(lambda w, x: parts.middle(w | fixed, x, m, c), w, x, has_aux=True)
     leaves, tree = jax.tree.flatten(pull)
     return out, figures, [jnp.asarray(leaf) for leaf in leaves], tree  # numbers known while tracing are leaves too
-
-
-def join(w: Any, fixed: Any) -> Any:
-    return w | fixed if fixed else w
 
 
 def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save: bool) -> tuple[Any, Any, Array, Any]:
     """One device's part of the gradients of all costs of all microbatches.
 
-    Args:
-        weights: of this stage, every leaf [chunks, …]; shared: of `first` and `last`.
-        save: F keeps what B needs; otherwise B computes its part again from the part's input.
+    Args: weights: of this stage, every leaf [chunks, …]; shared: of `first` and `last`; save: F keeps what B needs;
+        otherwise B computes its part again from the part's input.
     Returns: gradients of weights and of shared, in float32; the sum of the last parts' costs; the sums of the figures,
         [chunks, …].
     """
@@ -180,7 +171,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         def run(x: Array) -> Any:
             w, fixed = chunk((weights, parts.fixed), c)
             if not save:
-                return parts.middle(join(w, fixed), x, m, c)[0][0], None
+                return parts.middle(w | fixed, x, m, c)[0][0], None
             (y, _), figures, leaves, _ = differentiate(parts, w, fixed, x, m, c)
             return y, ([y, *keep(leaves, pull.leaves)], figures)
 
@@ -277,7 +268,7 @@ def forwards(schedule: Schedule, parts: Parts, weights: Any, shared: Any) -> tup
         m, c = row["f_m"], row["f_chunk"]
 
         def run(x: Array) -> Any:
-            (y, _), figures = parts.middle(join(*chunk((weights, parts.fixed), c)), x, m, c)
+            (y, _), figures = parts.middle(chunk(weights | parts.fixed, c), x, m, c)
             return y, figures
 
         xs, y, figures = forward(parts, shared, write(xs, y, row["get_x"]), row, x, run)
@@ -319,7 +310,7 @@ def kinds(parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
     x = jax.eval_shape(parts.first, shared, zero)
 
     def middle(x: Array) -> Any:
-        return parts.middle(join(*chunk((weights, parts.fixed), zero)), x, zero, zero)
+        return parts.middle(chunk(weights | parts.fixed, zero), x, zero, zero)
 
     for _ in range(2):  # x varies over as much as y does
         found = jax.eval_shape(middle, x)
