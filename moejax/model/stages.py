@@ -1,8 +1,8 @@
 """Which layers lie where in a pipeline, and the way of their weights there and back.
 
-A part of the model (a chunk of a stage) is a line of slots that all parts share, as all devices run one program: the
-shortest line of layer kinds in which the layers of every part are found in order.  Where a part has no layer for a
-slot, the slot is left out and its weights are zeros.  Training state keeps the order of the model on every mesh.
+A part of the model (a chunk of a stage) is a line of slots that all parts share, as all devices run one program: a
+short line of layer kinds in which the layers of every part are found in order.  A slot for which a part has no layer is
+left out, its weights zeros.  Training state keeps the order of the model on every mesh.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from moejax.config import Config, Mesh
 from moejax.model import transformer, weights
 from moejax.model.cross import Sight
-from moejax.model.layers import Pass
+from moejax.model.layers import Pass, Stream
 from moejax.model.router import Losses, Routing
 from moejax.model.transformer import Transformer
 from moejax.parallel import axes, collectives
@@ -32,9 +32,7 @@ class Home(NamedTuple):
 
 
 class Stages:
-    """The layout of one config's pipeline.
-
-    `numbers` [stages, chunks, slots] is the layer of the model in every slot (-1 for none), `model` a part as a model
+    """`numbers` [stages, chunks, slots] is the layer of the model in every slot (-1: none), `model` a part as a model
     of its own, `splits` the dimension in which a weight is split over the stages other than by layers (None: none is).
     """
 
@@ -113,8 +111,7 @@ class Stages:
     def fetch(self, stack: list[Array], home: Home, dim: int | None) -> Array:
         if home.in_place:
             return stack[0]
-        rows = jnp.concatenate(stack)
-        index = jnp.asarray(home.rows)
+        rows, index = jnp.concatenate(stack), jnp.asarray(home.rows)
         index = index[collectives.index("pipeline")] if dim is None else index.ravel()
         some = (index >= 0).reshape(-1, *[1] * (rows.ndim - 1))
         rows = jnp.where(some, rows[jnp.maximum(index, 0)], 0)
@@ -124,8 +121,8 @@ class Stages:
         """The model whose layers are those of one part; as `spread` gives them, without the axis of chunks."""
         return weights.assemble(self.module, part | shared)
 
-    def run(self, part: dict[str, Array], shared: dict[str, Array], x: Float[Array, "B t D"], run: Pass, c: Array,
-            images: Any) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None]:
+    def run(self, part: dict[str, Array], shared: dict[str, Array], x: Stream, run: Pass, c: Array,
+            images: Any) -> tuple[Stream, tuple[Routing, Losses] | None]:
         """x through the layers of chunk c of this stage; the decisions per MoE slot.  `part` has what is to be seen."""
         numbers = jnp.asarray(self.numbers, jnp.int32)[collectives.index("pipeline"), c]
         tokens = x.shape[1] * (lax.axis_size("tensor") if run.sequence else 1)

@@ -1,7 +1,6 @@
 """Images and videos to a few vectors each: a vision transformer (arXiv 2010.11929) as CLIP (arXiv 2103.00020) and
-SigLIP (arXiv 2303.15343) build it, and Flamingo's Perceiver resampler (arXiv 2204.14198, appendix A.1.1).
-
-Both are made of the text model's own parts, told by a config of their own.
+SigLIP (arXiv 2303.15343) build it, and Flamingo's Perceiver resampler (arXiv 2204.14198, appendix A.1.1).  Both are
+made of the text model's own parts, told by a config of their own.
 """
 
 from dataclasses import replace
@@ -37,11 +36,8 @@ class Tower(nnx.Module):
 
     def __call__(self, pixels: Num[Array, "B I F S S 3"], frames: Int[Array, "B I"],
                  run: Pass) -> tuple[Float[Array, "B I O W"], Bool[Array, "B I O"]]:
-        """Vectors of every image, and which of them are there.
-
-        Args:
-            pixels: of frames, of images, of sequences: bytes, or numbers that are normalised already.
-            frames: how many of them there are.
+        """Vectors of every image, and which of them are there.  Pixels are bytes, or normalised numbers;
+        `frames` says how many of them there are.
         """
         batch, images, most = pixels.shape[:3]
         run = replace(run, sequence=False, key=None)
@@ -81,11 +77,11 @@ class Encoder(nnx.Module):
     def hidden(self, pixels: Num[Array, "N S S 3"], run: Pass) -> Float[Array, "N P W"]:
         """As another model uses it: SigLIP's are after the last norm, CLIP's before."""
         x = self.patches(pixels, run.dtype)
-        if self.token is not None:
+        if self.clip:
             token = jnp.broadcast_to(use(self.token, run.dtype), (len(x), 1, x.shape[-1]))
             x = jnp.concatenate([token, x], 1)
         x = x + self.places(x.shape[1], run.dtype)[None]
-        x = x if self.pre_norm is None else self.pre_norm(x)
+        x = self.pre_norm(x) if self.clip else x
         x, _ = scan_blocks([self.block], x, None, run, [None], jnp.zeros((self.model.layers, 1), jnp.int32))
         return x if self.clip else self.post_norm(x)
 
@@ -166,12 +162,11 @@ class Resampler(nnx.Module):
     def __call__(self, x: Float[Array, "N F P W"], there: Bool[Array, "N F"], run: Pass) -> Float[Array, "N O W"]:
         if self.times is not None:
             x = x + use(self.times, x.dtype)[None, :x.shape[1], None]
-        count = x.shape[2]
+        there = jnp.repeat(there, x.shape[2], 1)
         x = x.reshape(len(x), -1, x.shape[-1])
         latents = jnp.broadcast_to(use(self.latents, x.dtype), (len(x), *self.latents.shape[:1], x.shape[-1]))
         # Latents always see themselves, so that those of no image are numbers too.
-        itself = jnp.ones((len(x), latents.shape[1]), bool)
-        seen = jnp.concatenate([jnp.repeat(there, count, 1), itself], 1)[:, None]
+        seen = jnp.concatenate([there, jnp.ones(latents.shape[:2], bool)], 1)[:, None]
         graph, state = nnx.split(self.layer)
 
         def body(latents: Array, state: Any) -> tuple[Array, None]:

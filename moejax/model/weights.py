@@ -59,10 +59,9 @@ class Weights:
         whole, count = (axes, ()) if self.stack is None else (stacked(axes), (len(self.stack),))
         if constant is not None:
             return kind(jnp.full((*count, *shape), constant, jnp.float32), axes=whole)
-        fan_in = math.prod(self.sizes[name] for name in axes.split("->")[0].split(":")[-1].split())
-        if axes.startswith("vocab") or "->" not in axes:  # a lookup sums over nothing
-            fan_in = self.sizes["embed"]
-        key = self.rngs.params()
+        lookup = axes.startswith("vocab") or "->" not in axes  # sums over nothing
+        sums = ["embed"] if lookup else axes.split("->")[0].split(":")[-1].split()
+        fan_in, key = math.prod(self.sizes[name] for name in sums), self.rngs.params()
 
         def draw(key: Array) -> Array:
             return jax.random.truncated_normal(key, -3, 3, shape, jnp.float32) * fan_in**-0.5
