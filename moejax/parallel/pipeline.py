@@ -29,6 +29,9 @@ class Parts(NamedTuple):
     fixed: dict[str, Array]  # weights of this stage that get no gradient; `middle` has them beside the chunk's
 
 
+Times = dict[tuple[int, int], int]  # (microbatch, part) -> tick
+
+
 class Plan(NamedTuple):
     """A schedule as numbers for the machine: columns [tick, stage], and how many slots each buffer needs."""
 
@@ -41,8 +44,7 @@ class Plan(NamedTuple):
 
 def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
     """Slots for everything that waits.  In training without `save` the last part has no F: its B does it again."""
-    ticks, stages, at = len(schedule.ticks), schedule.stages, schedule.at
-    last = stages * schedule.chunks - 1
+    ticks, stages, last = len(schedule.ticks), schedule.stages, schedule.stages * schedule.chunks - 1
     names = [f"{kind}_{what}" for kind in "fbw" for what in ("on", "m", "chunk", "slot", "first", "last")]
     names += ["f_save", "b_saved", "b_got", "b_owed", "get_x", "get_dy"]
     columns = {name: np.full((ticks, stages), -1 if name.startswith("get") else 0, np.int32) for name in names}
@@ -53,35 +55,30 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
         for what, value in values.items():
             columns[f"{kind}_{what}"][tick, stage] = value
 
-    def allocate(waits: list[tuple[int, int]], begin: Any, end: Any, **fill: Any) -> int:
-        """Gives each (m, part) that waits from tick `begin` to `end` the lowest slot that is free, written down in the
-        columns and ticks of `fill`; returns how many there are.  All three are functions of (m, part).
+    def allocate(begin: Times, end: Times, **fill: Times) -> int:
+        """Gives what waits from one tick to another the lowest slot that is free, written down in columns at ticks that
+        `fill` tells; returns how many there are.
         """
-        busy: dict[int, list[int]] = {stage: [] for stage in range(stages)}  # until when, by slot
-        for m, part in sorted(waits, key=lambda wait: begin(*wait)):
-            mine, since = busy[part % stages], min(begin(m, part), end(m, part))
+        busy: list[list[int]] = [[] for _ in range(stages)]  # until when, by slot
+        for which in sorted(begin, key=begin.get):
+            stage = which[1] % stages
+            mine, since = busy[stage], min(begin[which], end[which])
             slot = next((i for i, until in enumerate(mine) if until < since), len(mine))
-            mine[slot:slot + 1] = [end(m, part)]
-            for column, tick in fill.items():
-                if tick(m, part) is not None and tick(m, part) < ticks:  # a table without idle ticks is not causal
-                    columns[column][tick(m, part), part % stages] = slot
-        return max(map(len, busy.values()))
+            mine[slot:slot + 1] = [end[which]]
+            for column, times in fill.items():
+                if times.get(which, ticks) < ticks:  # a table without idle ticks is not causal
+                    columns[column][times[which], stage] = slot
+        return max(map(len, busy))
 
-    def arrives(m: int, part: int) -> int | None:
-        return at["F", m, part - 1] + 1 if part else None
-
-    def returns(m: int, part: int) -> int:
-        return at["B", m, part + 1] + 1
-
-    forward, backward, weights = (lambda m, part, kind=kind: at[kind, m, part] for kind in "FBW")
-    ops = {kind: [(m, part) for k, m, part in at if k == kind] for kind in "FBW"}
-    inputs = allocate(ops["F"], lambda m, part: arrives(m, part) if part else forward(m, part),
-                      backward if train and not save else forward, get_x=arrives, f_slot=forward,
-                      **({"b_slot": backward} if train else {}))
-    saved = allocate(ops["F"], forward, backward, f_save=forward, b_saved=backward) if save else 0
-    back = [(m, part) for m, part in ops["B"] if part < last]
-    grads = allocate(back, returns, backward, get_dy=returns, b_got=backward)
-    owed = allocate(ops["W"], backward, weights, b_owed=backward, w_slot=weights)
+    forward, backward, weights = (
+        {(m, part): tick for (k, m, part), tick in schedule.at.items() if k == kind} for kind in "FBW")
+    arrives = {(m, part + 1): tick + 1 for (m, part), tick in forward.items() if part < last}
+    returns = {(m, part - 1): tick + 1 for (m, part), tick in backward.items() if part}
+    inputs = allocate(forward | arrives, backward if train and not save else forward, get_x=arrives, f_slot=forward,
+                      b_slot=backward)
+    saved = allocate(forward, backward, f_save=forward, b_saved=backward) if save else 0
+    grads = allocate(returns, backward, get_dy=returns, b_got=backward)
+    owed = allocate({which: backward[which] for which in weights}, weights, b_owed=backward, w_slot=weights)
     for column, size in (("get_x", inputs), ("get_dy", grads)):
         columns[column][columns[column] < 0] = size  # the slot after the last is for what nobody needs
     return Plan(columns, inputs, saved, grads, owed)
@@ -160,10 +157,9 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
     saved = [kind[0][0], *keep(pull.leaves, pull.leaves)] if save else []
     carry = {
         "x": ring(x, plan.inputs), "y": collectives.zeros(x), "dy": ring(x, plan.gradients), "dx": collectives.zeros(x),
-        "saved": [ring(one, plan.saved) for one in saved],
-        "owed": [ring(one, plan.owed) for one in keep(pull.owed, pull.owed)],
+        "saved": ring(saved, plan.saved), "owed": ring(keep(pull.owed, pull.owed), plan.owed),
         "weights": zeros_like(weights), "shared": zeros_like(shared), "loss": jnp.zeros((), jnp.float32),
-        "figures": jax.tree.map(lambda one: ring(one, schedule.chunks - 1), kind[1])}
+        "figures": ring(kind[1], schedule.chunks - 1)}
 
     def run_f(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
         m, c = row["f_m"], row["f_chunk"]
@@ -179,7 +175,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         if not save:
             return {"x": xs, "y": y}
         slot = jnp.where(row["f_on"] > 0, row["f_save"], plan.saved)
-        return {"x": xs, "y": y, "saved": [write(*pair, slot) for pair in zip(carry["saved"], more[0], strict=True)],
+        return {"x": xs, "y": y, "saved": write(carry["saved"], more[0], slot),
                 "figures": add_chunk(carry["figures"], c, more[1])}
 
     def run_b(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
@@ -219,7 +215,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
 
         (dx, owed), sums = only_if(row["b_on"] > 0, run, lambda sums, kind: (collectives.zeros(kind[0]), sums), sums)
         slot = jnp.where(row["b_on"] > 0, row["b_owed"], plan.owed)
-        return {"dx": dx, "owed": [write(*pair, slot) for pair in zip(carry["owed"], owed, strict=True)]} | sums
+        return {"dx": dx, "owed": write(carry["owed"], owed, slot)} | sums
 
     def run_w(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
         slot, c = row["w_slot"], row["w_chunk"]
@@ -308,12 +304,8 @@ def kinds(parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
     """Types of an activation between parts, and of what `middle` returns: (y, cost), figures."""
     zero = pipeline_zero()
     x = jax.eval_shape(parts.first, shared, zero)
-
-    def middle(x: Array) -> Any:
-        return parts.middle(chunk(weights | parts.fixed, zero), x, zero, zero)
-
     for _ in range(2):  # x varies over as much as y does
-        found = jax.eval_shape(middle, x)
+        found = jax.eval_shape(lambda x: parts.middle(chunk(weights | parts.fixed, zero), x, zero, zero), x)
         x = found[0][0]
     return x, found
 
@@ -323,10 +315,10 @@ def pipeline_zero() -> Array:
     return collectives.vary(jnp.zeros((), jnp.int32), ("pipeline",))
 
 
-def ring(kind: jax.ShapeDtypeStruct, slots: int) -> Array:
-    """Zeros for so many of these, and one more for what nobody needs."""
-    zero = collectives.zeros(kind)
-    return collectives.match(jnp.zeros((slots + 1, *zero.shape), zero.dtype), zero)
+def ring(kinds: Any, slots: int) -> Any:
+    """Zeros for so many of each, and one more for what nobody needs."""
+    return jax.tree.map(lambda zero: collectives.match(jnp.zeros((slots + 1, *zero.shape), zero.dtype), zero),
+                        collectives.zeros(kinds))
 
 
 def read(buffer: Array, slot: Array | int) -> Array:
@@ -341,9 +333,11 @@ def read_after(buffer: Array, slot: Array, other: Array) -> Array:
     return read(buffer, last if collectives.varying(last) <= collectives.varying(buffer) else slot)
 
 
-def write(buffer: Array, x: Array, slot: Array) -> Array:
-    buffer, x, slot = collectives.match((buffer, x, slot), buffer, x, slot)
-    return lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
+def write(buffers: Any, values: Any, slot: Array) -> Any:
+    def one(buffer: Array, x: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(*collectives.match((buffer, x, slot), buffer, x, slot), 0)
+
+    return jax.tree.map(one, buffers, values)
 
 
 def chunk(weights: Any, c: Array | int) -> Any:
