@@ -45,8 +45,7 @@ class Schedule:
     @cached_property
     def at(self) -> dict[tuple[str, int, int], int]:
         """(kind, microbatch, part of the model) -> tick, of the first time it is done."""
-        return {(op.kind, op.microbatch, op.chunk * self.stages + stage): tick
-                for tick, stage, op in reversed(self.ops())}
+        return {(op.kind, op.microbatch, op.chunk * self.stages + s): tick for tick, s, op in reversed(self.ops())}
 
     @property
     def split(self) -> bool:
@@ -54,8 +53,8 @@ class Schedule:
         return any(op.kind == "W" for _, _, op in self.ops())
 
     def ops(self) -> list[tuple[int, int, Op]]:
-        return [(tick, stage, op) for tick, row in enumerate(self.ticks)
-                for stage, cell in enumerate(row) for op in cell]
+        """(tick, stage, op) of all."""
+        return [(tick, s, op) for tick, row in enumerate(self.ticks) for s, cell in enumerate(row) for op in cell]
 
     def check(self) -> list[str]:
         """Everything that makes the table incomplete or impossible, each with its tick and stage."""
@@ -76,8 +75,7 @@ class Schedule:
             for kind, other, wait in self.needs(op, part, last):
                 ready = self.at.get((kind, op.microbatch, other))
                 if ready is None:
-                    problems.append(f"{where} waits for ever for {kind}{op.microbatch} of part {other}, which is never "
-                                    "done")
+                    problems.append(f"{where} waits for ever for {kind}{op.microbatch} of part {other}: nobody does it")
                 elif ready + wait > tick:
                     arrives = f"arrives for tick {ready + wait}" if wait else f"is done in tick {ready}"
                     problems.append(f"{where} uses {kind}{op.microbatch} of part {other} (stage {other % self.stages}) "
@@ -106,9 +104,7 @@ class Schedule:
         return sum(costs[op.kind] + both * (op.kind == "B") for op in cell)
 
     def bubble(self, costs: dict[str, float] | None = None) -> float:
-        """Idle share of the stages' time, counted from the table.  Costs are of one F, B (gradient of the input) and W
-        (gradient of the weights), all 1 by default.
-        """
+        """Idle share of the stages' time, counted from the table.  Costs are of one F, B and W, by default all 1."""
         busy = sum(self.work(cell, costs) for row in self.ticks for cell in row)
         return 1 - busy / (self.stages * sum(self.lengths(costs)))
 
@@ -135,24 +131,21 @@ class Schedule:
     def svg(self, costs: dict[str, float] | None = None) -> str:
         """The table as a Gantt picture: time runs to the right, a row per stage."""
         *begins, total = accumulate(self.lengths(costs), initial=0.0)
-        scale, height, left = min(24.0, 1600 / max(total, 1)), 22, 58
-        parts = []
-        for stage in range(self.stages):
-            y = stage * (height + 4)
-            parts.append(f'<text x="0" y="{y + 15}" class="stage">stage {stage}</text>')
-            for tick, row in enumerate(self.ticks):
-                x = left + begins[tick] * scale
-                for op in row[stage]:
-                    wide = self.work([op], costs) * scale
-                    parts.append(
-                        f'<rect x="{x:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="{height}" rx="2" '
-                        f'fill="{COLOURS[op.kind]}" fill-opacity="{1 - 0.45 * op.chunk / max(self.chunks, 1):.2f}">'
-                        f'<title>tick {tick}, stage {stage}: {op}</title></rect>')
-                    if wide >= 14:
-                        parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="op">{op.microbatch}</text>')
-                    x += wide
+        scale, height, left = min(24.0, 1600 / max(total, 1)), 26, 58
+        parts = [f'<text x="0" y="{stage * height + 15}" class="stage">stage {stage}</text>'
+                 for stage in range(self.stages)]
+        for tick, stage, op in self.ops():
+            cell = self.ticks[tick][stage]
+            x, y = left + (begins[tick] + self.work(cell[:cell.index(op)], costs)) * scale, stage * height
+            wide = self.work([op], costs) * scale
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="{height - 4}" rx="2" '
+                f'fill="{COLOURS[op.kind]}" fill-opacity="{1 - 0.45 * op.chunk / max(self.chunks, 1):.2f}">'
+                f'<title>tick {tick}, stage {stage}: {op}</title></rect>')
+            if wide >= 14:
+                parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="op">{op.microbatch}</text>')
         wide = left + total * scale
-        return (f'<svg viewBox="0 0 {wide:.0f} {self.stages * (height + 4)}" xmlns="http://www.w3.org/2000/svg" '
+        return (f'<svg viewBox="0 0 {wide:.0f} {self.stages * height}" xmlns="http://www.w3.org/2000/svg" '
                 f'style="max-width:{wide:.0f}px;width:100%;font:11px sans-serif"><style>'
                 f'.stage{{fill:currentColor}}.op{{fill:#fff;text-anchor:middle}}</style>{"".join(parts)}</svg>')
 
