@@ -41,8 +41,8 @@ class Block(nnx.Module):
         return x + (y if self.scale == 1 else y * self.scale), cache, decisions
 
 
-def scan_blocks(blocks: list[Block], x: Stream, positions: Places | None, run: Pass, cache: list[Cache | None],
-                numbers: Array, present: Array | None = None, sight: Sight | None = None) -> tuple[Stream, Any]:
+def scan_blocks(blocks: list[Any], x: Stream, positions: Places | None, run: Pass, cache: list[Cache | None],
+                numbers: Array | None = None, present: Array | None = None, sight: Any = None) -> tuple[Stream, Any]:
     """Stacked blocks, one after another, repeated along their stack; `numbers` and `present` of every layer, [repeats,
     len(blocks)], as in Transformer.layers.  Returns x, (the caches, the MoE layers' decisions in layer order or None).
     """

@@ -30,9 +30,7 @@ class Sight(NamedTuple):
 
 
 class GatedCross(nnx.Module):
-    """Cross-attention and an MLP, each added through the tanh of a gate that starts at 0.  What sees no image skips
-    the MLP too, unless the config's feed is "every".
-    """
+    """Cross-attention and an MLP, each added through the tanh of a gate that starts at 0, where an image is seen."""
 
     def __init__(self, w: Weights, model: configs.Model):
         rules = model.looks()
@@ -42,7 +40,7 @@ class GatedCross(nnx.Module):
         self.feed_norm, self.mlp = Norm(w, model), MLP(w, model)
         axes = "one" if rules.gate == "number" else "norm"
         self.gate, self.feed_gate = w(axes, 0.0), w(axes, 0.0)
-        self.every = rules.feed == "every"
+        self.every = rules.feed == "every"  # token passes the MLP
 
     def __call__(self, x: Stream, sight: Sight | None, run: Pass) -> Stream:
         if sight is None and not self.every:

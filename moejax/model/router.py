@@ -40,23 +40,18 @@ class Losses(NamedTuple):
 
 
 def capacity(moe: configs.MoE, tokens: int, training: bool) -> int:
-    """Seats of an expert in a group: ceil(tokens × active / experts × factor), arXiv 2101.03961 section 2.2; without a
-    factor one for each token that could come.
-    """
+    """Seats of an expert in a group: ceil(tokens × active / experts × factor), arXiv 2101.03961 section 2.2."""
     factor = moe.capacity_factor if training else moe.eval_capacity_factor
     if factor is None and moe.router == "expert_choice":  # it fills its seats
         factor = moe.capacity_factor
     if factor is None:
-        return tokens
+        return tokens  # all could come
     # Rounded first: 50 × 1.1 is 55.00000000000001 in floating point, which is 55 seats and not 56.
     return min(tokens, max(1, math.ceil(round(tokens * moe.active / moe.experts * factor, 6))))
 
 
 def route(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> tuple[Routing, Losses]:
-    """The decisions of one layer, and what they cost.
-
-    Args: logits: float32; bias: of the choice alone (router sigmoid); seats: of every expert in every group.
-    """
+    """The decisions of one layer, and what they cost.  `bias` moves the choice alone, `seats` are as in `capacity`."""
     expert, weight, scores = ROUTERS[moe.router](logits, bias, moe)
     if moe.router == "expert_choice":
         rank = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1, stable=True).astype(jnp.int32)
@@ -102,8 +97,8 @@ def sparsemixer(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> C
 
 
 def expert_choice(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> Choice:
-    """Every expert takes the tokens that score highest with it (arXiv 2202.09368): each token "chooses" all experts,
-    and the seats decide.  It looks ahead in the sequence, so it trains but does not generate.
+    """Every expert takes the tokens that score highest with it, of all in the sequence (arXiv 2202.09368): a token
+    "chooses" all experts, and the seats decide.
     """
     scores = jax.nn.softmax(logits, -1)
     expert = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)

@@ -73,9 +73,7 @@ class Sharded:
 
     @cached_property
     def forward(self) -> Callable[..., Output]:
-        """(weights, tokens "B T", images or None) -> logits, hidden states and routings as in evaluation; B a multiple
-        of the batch shards.
-        """
+        """(weights, tokens "B T", images or None) -> all of an Output as in evaluation; the batch shards divide B."""
         rows = axes.rows(self.mesh.shape)
 
         def device(values: dict[str, Array], tokens: Array, images: Any) -> Output:

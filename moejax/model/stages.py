@@ -76,9 +76,7 @@ class Stages:
         return place
 
     def spread(self, values: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-        """This device's shards of the model's weights -> (of its parts, stacked [chunks, repeats, …]; of no layer).
-        Linear: its transpose takes gradients back.
-        """
+        """This device's shards of the weights -> (of its parts, [chunks, repeats, …]; of no layer); linear."""
         local = {}
         for prefix, home in self.homes.items():
             for name in [name for name in values if prefix_of(name) == home.sources[0]]:
@@ -138,11 +136,11 @@ class Stages:
     def of_layers(self, figures: Array) -> Array:
         """Figures per MoE slot of this stage, [chunks, slots, …] -> per MoE layer of the model, zeros if not here."""
         numbers = self.numbers[:, :, self.moe_slots]
-        count = {n: i for i, n in enumerate(sorted(numbers[numbers >= 0].tolist()))}
-        index = jnp.asarray(np.vectorize(lambda n: count.get(n, len(count)), otypes=[np.int32])(numbers))
-        index = index[collectives.index("pipeline")].ravel()
+        layers = np.sort(numbers[numbers >= 0])
+        index = np.where(numbers < 0, len(layers), np.searchsorted(layers, numbers)).astype(np.int32)
+        index = jnp.asarray(index)[collectives.index("pipeline")].ravel()
         flat = figures.reshape(-1, *figures.shape[2:])
-        zeros = collectives.match(jnp.zeros((len(count), *flat.shape[1:]), flat.dtype), flat, index)
+        zeros = collectives.match(jnp.zeros((len(layers), *flat.shape[1:]), flat.dtype), flat, index)
         return zeros.at[index].add(flat, mode="drop")
 
 

@@ -32,8 +32,8 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Weights are stacked by runs of equal layers, and each run is one `lax.scan`: depth costs no compile time.  A
-    model of images has a `vision` tower too, unless it is left out; one without layers has nothing else.
+    """Runs of equal layers are stacked, each run one `lax.scan`: depth costs no compile time.  Without layers there is
+    only the `vision` tower, which can be left out of others.
     """
 
     def __init__(self, model: configs.Model, key: Array, tower: bool = True):

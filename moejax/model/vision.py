@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float, Int, Num
 
 from moejax import config as configs
 from moejax.model.attention import Attention, Everywhere, leave, whole
-from moejax.model.block import Block, remat, scan_blocks
+from moejax.model.block import Block, scan_blocks
 from moejax.model.layers import MLP, Norm, Pass, plus
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
@@ -36,9 +36,7 @@ class Tower(nnx.Module):
 
     def __call__(self, pixels: Num[Array, "B I F S S 3"], frames: Int[Array, "B I"],
                  run: Pass) -> tuple[Float[Array, "B I O W"], Bool[Array, "B I O"]]:
-        """Vectors of every image, and which of them are there.  Pixels are bytes, or normalised numbers;
-        `frames` says how many of them there are.
-        """
+        """Vectors of every image, and which are there; `frames` counts their frames.  Pixels: bytes, or normalised."""
         batch, images, most = pixels.shape[:3]
         run = replace(run, sequence=False, key=None)
         hidden = self.encoder.hidden(pixels.reshape(-1, *pixels.shape[3:]), run)
@@ -82,7 +80,7 @@ class Encoder(nnx.Module):
             x = jnp.concatenate([token, x], 1)
         x = x + self.places(x.shape[1], run.dtype)[None]
         x = self.pre_norm(x) if self.clip else x
-        x, _ = scan_blocks([self.block], x, None, run, [None], jnp.zeros((self.model.layers, 1), jnp.int32))
+        x, _ = scan_blocks([self.block], x, None, run, [None])
         return x if self.clip else self.post_norm(x)
 
     def __call__(self, pixels: Num[Array, "N S S 3"], run: Pass) -> Features:
@@ -167,12 +165,8 @@ class Resampler(nnx.Module):
         latents = jnp.broadcast_to(use(self.latents, x.dtype), (len(x), *self.latents.shape[:1], x.shape[-1]))
         # Latents always see themselves, so that those of no image are numbers too.
         seen = jnp.concatenate([there, jnp.ones(latents.shape[:2], bool)], 1)[:, None]
-        graph, state = nnx.split(self.layer)
-
-        def body(latents: Array, state: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, state)(latents, x, seen, run), None
-
-        return self.norm(lax.scan(remat(body, run.remat), collectives.match(latents, x), state)[0])
+        latents, _ = scan_blocks([self.layer], collectives.match(latents, x), None, run, [None], sight=(x, seen))
+        return self.norm(latents)
 
 
 class ResamplerLayer(nnx.Module):
@@ -181,9 +175,9 @@ class ResamplerLayer(nnx.Module):
         self.attention = Attention(w, model)
         self.feed_norm, self.mlp = Norm(w, model), MLP(w, model)
 
-    def __call__(self, latents: Float[Array, "N O W"], x: Float[Array, "N S W"], seen: Bool[Array, "N 1 R"],
-                 run: Pass) -> Float[Array, "N O W"]:
-        y = self.norm(latents)
-        latents = latents + self.attention.look(y, run, jnp.concatenate([self.context_norm(x), y], 1), seen)
-        y = self.mlp(collectives.enter(self.feed_norm(latents), False), run)
-        return latents + collectives.leave(y, False)
+    def __call__(self, x: Float[Array, "N O W"], positions: None, run: Pass, cache: None,
+                 sight: tuple[Float[Array, "N S W"], Bool[Array, "N 1 R"]]) -> tuple[Float[Array, "N O W"], None, None]:
+        y, (patches, seen) = self.norm(x), sight
+        x = x + self.attention.look(y, run, jnp.concatenate([self.context_norm(patches), y], 1), seen)
+        y = self.mlp(collectives.enter(self.feed_norm(x), False), run)
+        return x + collectives.leave(y, False), None, None

@@ -1,7 +1,5 @@
-"""The one table from the logical axes of weights to the axes of the mesh.
-
-A weight is described by a string such as "layer expert: embed -> gate hidden" (see model/weights.py); every
-name of such a string stands in RULES.  Everything that depends on the layout of a weight reads this table.
+"""The one table from the logical axes of weights, as in "layer expert: embed -> gate hidden" (see model/weights.py), to
+the axes of the mesh.  Everything that depends on the layout of a weight reads it.
 """
 
 from collections.abc import Mapping
@@ -33,9 +31,7 @@ def names(axes: str) -> tuple[str, ...]:
 
 
 def spec(axes: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
-    """How a weight lies on a mesh of these axis lengths; one of length 1 splits nothing and is left out.
-    Raises ValueError: a dimension does not divide by its mesh axis; states both.
-    """
+    """How a weight lies on a mesh of these lengths.  Raises ValueError: a dimension does not divide; states both."""
     placed = []
     for name, size in zip(names(axes), shape, strict=True):
         axis = RULES[name] if mesh.get(RULES[name] or "", 1) > 1 else None

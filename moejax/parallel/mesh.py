@@ -52,9 +52,7 @@ def fake(devices: int, group: processes.Group | None) -> None:
 
 
 def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of a config over `devices` (all by default), with every axis of AXES.  Raises ConfigError: the axes do
-    not multiply to the number of devices.
-    """
+    """Of a config, over `devices` (all by default).  Raises ConfigError: its axes do not multiply to their number."""
     if devices is None:
         devices = jax.devices()[: mesh.fake_devices] if mesh.fake_devices else jax.devices()
     shape = tuple(getattr(mesh, axis) for axis in AXES)
@@ -70,8 +68,7 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
 
 def peak_flops(device: jax.Device) -> float:
     """FLOP/s of one device: from its data sheet, or on a CPU its share of a float32 matmul measured in this process.
-
-    The processes of a group must all call it: they measure at the same time, as they may share one machine.
+    All processes of a group must call it, as they may share one machine.
     """
     if known := hardware.of_kind(device.device_kind):
         return known.bfloat16

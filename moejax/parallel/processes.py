@@ -1,7 +1,4 @@
-"""Many processes as one run: how a process finds the others, and how they wait for one another.
-
-Each process of a group has some of the devices of the mesh and runs the same program.
-"""
+"""Many processes as one run, each with some devices of the mesh: how they find one another, and how they wait."""
 
 import itertools
 import socket
