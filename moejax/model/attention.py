@@ -72,8 +72,12 @@ class Attention(nnx.Module):
         self.q_norm_bias, self.k_norm_bias = (w("head", 0.0) if biased else None for _ in axes)
         self.model, self.window = model, window
 
-    def __call__(self, x: Stream, positions: Places, run: Pass, cache: Cache | None = None) -> tuple[Stream, Any]:
-        """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it."""
+    def __call__(self, x: Stream, positions: Places | None, run: Pass, cache: Cache | None = None) -> tuple[Array, Any]:
+        """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it; without
+        positions everything sees everything.
+        """
+        if positions is None:
+            return self.look(x, run), None
         x = collectives.enter(x, run.sequence)
         q, k, v = self.project(x, run)
         q, k = rotary(q, positions, self.model), rotary(k, positions, self.model)
@@ -128,13 +132,6 @@ class Attention(nnx.Module):
             return w  # split over `tensor` like the queries
         head = collectives.index("tensor") * heads // shards
         return lax.dynamic_slice_in_dim(w, head, 1, dim)
-
-
-class Everywhere(Attention):
-    """Of an encoder: everything sees everything."""
-
-    def __call__(self, x: Stream, positions: None, run: Pass, cache: None = None) -> tuple[Stream, None]:
-        return self.look(x, run), None
 
 
 class LatentAttention(nnx.Module):

@@ -23,9 +23,9 @@ FEEDS = {"M": MoELayer, "D": DenseLayer}  # by the letters of Model.pattern
 class Block(nnx.Module):
     """Attention and feed-forward, each added to what flows past (pre-norm)."""
 
-    def __init__(self, w: Weights, model: configs.Model, letter: str, attention: type[nnx.Module] | None = None):
+    def __init__(self, w: Weights, model: configs.Model, letter: str):
         self.attention_norm = Norm(w, model)
-        attention = attention or (LatentAttention if model.latent else Attention)
+        attention = LatentAttention if model.latent else Attention
         self.attention = attention(w, model, model.window if letter.islower() else None)
         self.feed_norm = Norm(w, model)
         self.feed = FEEDS[configs.CROSSED.get(letter, letter).upper()](w, model)

@@ -27,7 +27,7 @@ class Sharded:
         variables = weights.flatten(self.module)
         self.axes = {name: variable.axes for name, variable in variables.items()}
         self.shapes = {name: variable.shape for name, variable in variables.items()}
-        self.learned = weights.trainable(self.module)
+        self.learned = {name: not isinstance(variable, weights.Bias) for name, variable in variables.items()}
         # Nothing is learned of images where there are none.
         frozen = {*config.train.freeze, *(() if config.data.images else ("cross", "encoder", "resampler"))}
         self.trainable = {name: learned and weights.group(name) not in frozen for name, learned in self.learned.items()}

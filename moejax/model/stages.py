@@ -171,8 +171,4 @@ def shortest_line(parts: list[str]) -> str:
 
 def places(part: str, line: str) -> list[int]:
     """Where in the line each letter of the part comes to lie, as early as it can."""
-    found, at = [], 0
-    for letter in part:
-        at = line.index(letter, at) + 1
-        found.append(at - 1)
-    return found
+    return list(itertools.accumulate(part, lambda at, letter: line.index(letter, at + 1), initial=-1))[1:]

@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Num
 
 from moejax import config as configs
-from moejax.model.attention import Attention, Everywhere, leave, whole
+from moejax.model.attention import Attention, leave, whole
 from moejax.model.block import Block, scan_blocks
 from moejax.model.layers import MLP, Norm, Pass, plus
 from moejax.model.weights import Weights, use
@@ -67,7 +67,7 @@ class Encoder(nnx.Module):
         self.token = w("embed") if clip else None
         self.positions = w("place embed")
         self.pre_norm = Norm(w, self.model) if clip else None
-        self.block = Block(w.layers(range(told.layers)), self.model, "D", Everywhere)
+        self.block = Block(w.layers(range(told.layers)), self.model, "D")
         self.post_norm = Norm(w, self.model)
         self.pool = Pool(w, self.model) if told.pool else None
         self.told, self.clip = told, clip

@@ -56,11 +56,8 @@ def of_kind(device_kind: str) -> Device | None:
 
 
 def named(text: str, added: Sequence[str] = (), count: int = 1) -> tuple[Device, int]:
-    """ "H100x1024" or "H100": the device and how many, else `count`; "cpu" is measured here and now.
-
-    Args:
-        added: devices of a config, such as "mine like=H100 price=1.9 memory=94e9"; without `like` all numbers are said.
-    Raises ConfigError: no such device, or a wrong text.
+    """ "H100x1024" or "H100": the device and how many, else `count`; "cpu" is measured.  `added` are devices of a
+    config, such as "mine like=H100 price=1.9 memory=94e9"; without `like` all numbers are said.  Raises ConfigError.
     """
     name, some = re.fullmatch(r"(.*?)(?:[x×](\d+))?", text.strip(), re.DOTALL).groups()
     table = dict(DEVICES)
@@ -95,7 +92,6 @@ def measured() -> Device:
     """This machine's CPU: a float32 matmul and a copy, as they run now."""
     x = np.ones((1536, 1536), np.float32)
     y = np.ones(2**25, np.float32)
-
     matmul, copy = (min(timeit.repeat(work, number=1, repeat=4)) for work in (lambda: x @ x, y.copy))
     flops, copied = 2 * 1536**3 / matmul, 2 * y.nbytes / copy
     return Device("cpu", "cpu", flops, flops, flops, 8e9, copied, copied / 2, 2**20, copied / 2)
