@@ -78,12 +78,14 @@ class Attention(nnx.Module):
         """
         if positions is None:
             return self.look(x, run), None
-        x = collectives.enter(x, run.sequence)
-        q, k, v = self.project(x, run)
-        q, k = rotary(q, positions, self.model), rotary(k, positions, self.model)
+        q, k, v = self.turned(collectives.enter(x, run.sequence), positions, run)
         sinks = None if self.sinks is None else self.sinks[...]
         y, cache = attend(q, k, v, positions, look(self.model, self.window, sinks), cache)
         return leave(y, self.o, self.o_bias, run), cache
+
+    def turned(self, x: Float[Array, "B T D"], positions: Places, run: Pass) -> tuple[Queries, Keys, Values]:
+        q, k, v = self.project(x, run)
+        return rotary(q, positions, self.model), rotary(k, positions, self.model), v
 
     def look(self, x: Stream, run: Pass, context: Float[Array, "B S W"] | None = None, seen: Seen = None) -> Stream:
         """x looks at all of a context, without order; at itself by default.  What sees nothing gets zeros."""
@@ -134,7 +136,7 @@ class Attention(nnx.Module):
         return lax.dynamic_slice_in_dim(w, head, 1, dim)
 
 
-class LatentAttention(nnx.Module):
+class LatentAttention(Attention):
     """Of DeepSeek-V2 (arXiv 2405.04434 section 2.1): keys and values of all heads are made from one small latent per
     token; only the last entries of a head are turned, and those of the keys are shared.
     """
@@ -148,12 +150,10 @@ class LatentAttention(nnx.Module):
         self.o = w.sized(head=size)("heads head -> embed")
         self.o_bias, self.q_down_bias, self.kv_down_bias = (
             w(one, 0.0) if "output" in model.biases and w.sizes[one] else None for one in ("norm", "queries", "mixed"))
-        self.model, self.window = model, window
+        self.model, self.window, self.sinks = model, window, None
 
-    def __call__(self, x: Stream, positions: Places, run: Pass, cache: Cache | None = None) -> tuple[Stream, Any]:
-        """As Attention's."""
-        x = y = collectives.enter(x, run.sequence)
-        _, rank, turned, _ = self.model.latent
+    def turned(self, x: Float[Array, "B T D"], positions: Places, run: Pass) -> tuple[Queries, Queries, Values]:
+        y, (_, rank, turned, _) = x, self.model.latent
         still = self.model.head_dim - turned
         if self.q_down is not None:
             y = plus(jnp.einsum("btd,dr->btr", x, use(self.q_down, run.dtype)), self.q_down_bias)
@@ -165,8 +165,7 @@ class LatentAttention(nnx.Module):
         both = jnp.einsum("btr,rnh->btnh", latent, use(self.kv, run.dtype))
         shared = rotary(mixed[..., None, rank:], positions, self.model)
         k = jnp.concatenate([both[..., :still], jnp.broadcast_to(shared, (*both.shape[:3], turned))], -1)
-        y, cache = attend(q, k, both[..., still:], positions, look(self.model, self.window, None), cache)
-        return leave(y, self.o, self.o_bias, run), cache
+        return q, k, both[..., still:]
 
 
 def look(model: configs.Model, window: int | None, sinks: Array | None) -> Look:

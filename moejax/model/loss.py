@@ -60,18 +60,14 @@ def backward(cap: float, saved: Any, grad: Array) -> tuple[Array, Array, None, N
 share.defvjp(forward, backward)
 
 
-def chunks(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Cut into equal chunks, the last padded with tokens of weight 0."""
-    count = -(-len(hidden) // CHUNK)
-    size = -(-len(hidden) // count)
-    pad = count * size - len(hidden)
-
-    def cut(x: Array) -> Array:
-        if pad:
-            x = jnp.concatenate([x, collectives.match(jnp.zeros((pad, *x.shape[1:]), x.dtype), x)])
-        return x.reshape(count, size, *x.shape[1:])
-
-    return cut(hidden), cut(targets), cut(weights)
+def chunks(*parts: Array) -> tuple[Array, ...]:
+    """Hidden states, targets and weights in equal chunks of tokens, the last padded with tokens of weight 0."""
+    tokens = len(parts[0])
+    count = -(-tokens // CHUNK)
+    size = -(-tokens // count)
+    if pad := count * size - tokens:
+        parts = tuple(jnp.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)]) for x in parts)
+    return tuple(x.reshape(count, size, *x.shape[1:]) for x in parts)
 
 
 def one_chunk(hidden: Array, weight: Array, targets: Array, weights: Array, cap: float) -> tuple[Array, Array]:
