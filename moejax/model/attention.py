@@ -1,7 +1,6 @@
 """Attention: causal (multi-head, grouped-query, multi-query and latent) and at images, in one layout.
 
-Heads are ordered (kv, group), so that a tensor shard holds whole groups, or, with fewer KV heads than shards, part
-of one group and the one KV head it needs.
+Heads are ordered (kv, group): a tensor shard holds whole groups, or part of one group and the one KV head it needs.
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from moejax import config as configs
 from moejax.model.cache import Cache
-from moejax.model.layers import Pass, normed, plus
+from moejax.model.layers import Pass, Places, Stream, normed, plus
 from moejax.model.rotary import rotary
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
@@ -23,6 +22,12 @@ from moejax.parallel import collectives
 BLOCKS = 8  # of queries at most; a block skips the keys after it
 SMALLEST = 64  # queries worth a block of their own
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the model's
+
+Queries = Float[Array, "B T N H"]
+Keys = Float[Array, "B S K H"]
+Values = Float[Array, "B S K J"]
+Attended = Float[Array, "B T N J"]
+Seen = Bool[Array, " B #T S"] | None  # where a query does not see all of the keys
 
 
 @dataclass(frozen=True)
@@ -49,9 +54,6 @@ class Look:
         return exp / (jnp.sum(exp, -1, keepdims=True) + jnp.exp(sinks - peak))
 
 
-Seen = Bool[Array, " B #T S"] | None  # where a query does not see all of the keys
-
-
 class Attention(nnx.Module):
     """`source` makes the weights of keys and values where these come from something of another width."""
 
@@ -64,84 +66,79 @@ class Attention(nnx.Module):
             w(axes, 0.0) if "qkv" in model.biases else None for axes in ("heads head", "kv head", "kv head"))
         self.o_bias = w("norm", 0.0) if "output" in model.biases else None
         self.sinks = w("heads", 0.0) if "sinks" in model.biases else None
-        axes = {"none": None, "head": ("head", "head"), "all": ("heads head", "kv head")}[model.qk_norm]
-        self.q_norm, self.k_norm = (w(axes[0], 1.0), w(axes[1], 1.0)) if axes else (None, None)
+        axes = {"none": (None, None), "head": ("head", "head"), "all": ("heads head", "kv head")}[model.qk_norm]
+        self.q_norm, self.k_norm = (one and w(one, 1.0) for one in axes)
         biased = model.qk_norm == "head" and "norm" in model.biases
-        self.q_norm_bias, self.k_norm_bias = (w("head", 0.0), w("head", 0.0)) if biased else (None, None)
+        self.q_norm_bias, self.k_norm_bias = (w("head", 0.0) if biased else None for _ in axes)
         self.model, self.window = model, window
 
-    def __call__(self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass,
-                 cache: Cache | None = None) -> tuple[Float[Array, "B t D"], Cache | None]:
-        """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it."""
-        x = collectives.enter(x, run.sequence)
-        q, k, v = self.project(x, run)
-        q, k = rotary(q, positions, self.model), rotary(k, positions, self.model)
+    def __call__(self, x: Stream, positions: Places | None, run: Pass, cache: Cache | None = None) -> tuple[Array, Any]:
+        """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it; without
+        positions everything sees everything.
+        """
+        if positions is None:
+            return self.look(x, run), None
+        q, k, v = self.turned(collectives.enter(x, run.sequence), positions, run)
         sinks = None if self.sinks is None else self.sinks[...]
         y, cache = attend(q, k, v, positions, look(self.model, self.window, sinks), cache)
         return leave(y, self.o, self.o_bias, run), cache
 
-    def look(self, x: Float[Array, "B t D"], run: Pass, context: Float[Array, "B S W"] | None = None,
-             seen: Seen = None) -> Float[Array, "B t D"]:
+    def turned(self, x: Float[Array, "B T D"], positions: Places, run: Pass) -> tuple[Queries, Keys, Values]:
+        q, k, v = self.project(x, run)
+        return rotary(q, positions, self.model), rotary(k, positions, self.model), v
+
+    def look(self, x: Stream, run: Pass, context: Float[Array, "B S W"] | None = None, seen: Seen = None) -> Stream:
         """x looks at all of a context, without order; at itself by default.  What sees nothing gets zeros."""
         x = collectives.enter(x, run.sequence)
         q, k, v = self.project(x, run, x if context is None else collectives.enter(context, False))
         return leave(whole(q, k, v, seen), self.o, self.o_bias, run, seen)
 
-    def project(
-        self, x: Float[Array, "B T D"], run: Pass, context: Float[Array, "B S W"] | None = None
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    def project(self, x: Float[Array, "B T D"], run: Pass,
+                context: Float[Array, "B S W"] | None = None) -> tuple[Queries, Keys, Keys]:
         """Queries of x, keys and values of the context, which are not turned then; of x by default."""
         k_bias = None if self.k_bias is None else self.k_bias[...]
         if context is None:
             context = x
         elif k_bias is not None:  # the same for all scores of a query, it changes nothing: its gradient is rounding
             k_bias = lax.stop_gradient(k_bias)
+
+        def owned(weight: Any, bias: Any) -> Array:
+            y = jnp.einsum("btd,dkh->btkh", context, self.own(use(weight, run.dtype), 1))
+            return y if bias is None else y + self.own(bias[...].astype(y.dtype), 0)[None, None]
+
         q = plus(jnp.einsum("btd,dnh->btnh", x, use(self.q, run.dtype)), self.q_bias)
         if self.model.qk_norm == "all":  # the norm of the keys needs all of them
             k = plus(jnp.einsum("btd,dkh->btkh", context, use(self.k, run.dtype)), self.k_bias)
-            q, k = self.norm_all(q, self.q_norm, "heads"), self.norm_all(k, self.k_norm, "kv")
-            k = self.own(k, 2)
+            q, k = self.norm_all(q, self.q_norm, "heads"), self.own(self.norm_all(k, self.k_norm, "kv"), 2)
         else:
-            k = jnp.einsum("btd,dkh->btkh", context, self.own(use(self.k, run.dtype), 1))
-            k = k if self.k_bias is None else k + self.own(k_bias.astype(k.dtype), 0)[None, None]
-        v = jnp.einsum("btd,dkh->btkh", context, self.own(use(self.v, run.dtype), 1))
-        v = v if self.v_bias is None else v + self.own(self.v_bias[...].astype(v.dtype), 0)[None, None]
+            k = owned(self.k, k_bias)
+        v = owned(self.v, self.v_bias)
         if self.model.qk_norm == "head":
-            rule = self.model.norm_eps, self.model.norm == "layernorm"
-            q = normed(q, self.q_norm, self.q_norm_bias, *rule)
-            k = normed(k, self.k_norm, self.k_norm_bias, *rule)
+            q, k = (normed(y, scale, bias, self.model.norm_eps, self.model.norm == "layernorm") for y, scale, bias in (
+                (q, self.q_norm, self.q_norm_bias), (k, self.k_norm, self.k_norm_bias)))
         limit = self.model.qkv_limit
         return (q, k, v) if limit is None else tuple(jnp.clip(y, -limit, limit) for y in (q, k, v))
 
-    def norm_all(self, x: Float[Array, "B T N H"], scale: Any, kind: str) -> Float[Array, "B T N H"]:
+    def norm_all(self, x: Queries, scale: Any, kind: str) -> Queries:
         """RMSNorm over all heads, which the tensor shards may share."""
-        y = x.astype(jnp.float32)
-        split = kind == "heads" or lax.axis_size("tensor") <= self.model.kv_heads
+        y, heads = x.astype(jnp.float32), self.model.heads if kind == "heads" else self.model.kv_heads
         square = jnp.sum(jnp.square(y), (2, 3), keepdims=True)
-        square = collectives.total(square, ("tensor",)) if split else square
-        count = (self.model.heads if kind == "heads" else self.model.kv_heads) * self.model.head_dim
-        y = y * lax.rsqrt(square / count + self.model.norm_eps)
+        square = collectives.total(square, ("tensor",)) if lax.axis_size("tensor") <= heads else square
+        y = y * lax.rsqrt(square / (heads * self.model.head_dim) + self.model.norm_eps)
         return (y * scale[...][None, None]).astype(x.dtype)
 
     def own(self, w: Float[Array, "..."], dim: int) -> Float[Array, "..."]:
         """The KV heads that this shard's query heads use."""
-        shards = lax.axis_size("tensor")
-        if shards <= self.model.kv_heads:
+        heads, shards = self.model.kv_heads, lax.axis_size("tensor")
+        if shards <= heads:
             return w  # split over `tensor` like the queries
-        head = collectives.index("tensor") * self.model.kv_heads // shards
+        head = collectives.index("tensor") * heads // shards
         return lax.dynamic_slice_in_dim(w, head, 1, dim)
 
 
-class Everywhere(Attention):
-    """Of an encoder: everything sees everything."""
-
-    def __call__(self, x: Float[Array, "B t D"], positions: None, run: Pass, cache: None = None) -> tuple[Array, None]:
-        return self.look(x, run), None
-
-
-class LatentAttention(nnx.Module):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434 section 2.1): keys and values of all heads are made
-    from one small latent per token; only the last entries of a head are turned, and those of the keys are shared.
+class LatentAttention(Attention):
+    """Of DeepSeek-V2 (arXiv 2405.04434 section 2.1): keys and values of all heads are made from one small latent per
+    token; only the last entries of a head are turned, and those of the keys are shared.
     """
 
     def __init__(self, w: Weights, model: configs.Model, window: int | None = None):
@@ -151,16 +148,12 @@ class LatentAttention(nnx.Module):
         self.q = w("queries -> heads head" if queries else "embed -> heads head")
         self.kv_down, self.kv_norm, self.kv = w("embed -> mixed"), w("keys", 1.0), w("keys -> heads both")
         self.o = w.sized(head=size)("heads head -> embed")
-        self.o_bias = w("norm", 0.0) if "output" in model.biases else None
-        self.q_down_bias = w("queries", 0.0) if "output" in model.biases and queries else None
-        self.kv_down_bias = w("mixed", 0.0) if "output" in model.biases else None
-        self.model, self.window = model, window
+        self.o_bias, self.q_down_bias, self.kv_down_bias = (
+            w(one, 0.0) if "output" in model.biases and w.sizes[one] else None for one in ("norm", "queries", "mixed"))
+        self.model, self.window, self.sinks = model, window, None
 
-    def __call__(self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass,
-                 cache: Cache | None = None) -> tuple[Float[Array, "B t D"], Cache | None]:
-        """As Attention's."""
-        x = y = collectives.enter(x, run.sequence)
-        _, rank, turned, _ = self.model.latent
+    def turned(self, x: Float[Array, "B T D"], positions: Places, run: Pass) -> tuple[Queries, Queries, Values]:
+        y, (_, rank, turned, _) = x, self.model.latent
         still = self.model.head_dim - turned
         if self.q_down is not None:
             y = plus(jnp.einsum("btd,dr->btr", x, use(self.q_down, run.dtype)), self.q_down_bias)
@@ -172,8 +165,7 @@ class LatentAttention(nnx.Module):
         both = jnp.einsum("btr,rnh->btnh", latent, use(self.kv, run.dtype))
         shared = rotary(mixed[..., None, rank:], positions, self.model)
         k = jnp.concatenate([both[..., :still], jnp.broadcast_to(shared, (*both.shape[:3], turned))], -1)
-        y, cache = attend(q, k, both[..., still:], positions, look(self.model, self.window, None), cache)
-        return leave(y, self.o, self.o_bias, run), cache
+        return q, k, both[..., still:]
 
 
 def look(model: configs.Model, window: int | None, sinks: Array | None) -> Look:
@@ -181,16 +173,15 @@ def look(model: configs.Model, window: int | None, sinks: Array | None) -> Look:
     return Look(scale, window, model.caps[0] if model.caps else 0.0, sinks)
 
 
-def attend(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"],
-           positions: Int[Array, "B T"], look: Look,
-           cache: Cache | None) -> tuple[Float[Array, "B T N J"], Cache | None]:
+def attend(q: Queries, k: Keys, v: Values, positions: Places, look: Look,
+           cache: Cache | None) -> tuple[Attended, Cache | None]:
     if cache is None:
         return blocked(q, k, v, look), None
     cache = cache.write(k, v, positions)
     return plain(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), positions, look), cache
 
 
-def leave(y: Float[Array, "B T N H"], o: Any, bias: Any, run: Pass, seen: Seen = None) -> Float[Array, "B t D"]:
+def leave(y: Attended, o: Any, bias: Any, run: Pass, seen: Seen = None) -> Stream:
     y = jnp.einsum("btnh,nhd->btd", y, use(o, run.dtype))
     if bias is not None:
         y = y + collectives.once(bias[...].astype(y.dtype))[None, None]
@@ -199,8 +190,7 @@ def leave(y: Float[Array, "B T N H"], o: Any, bias: Any, run: Pass, seen: Seen =
     return collectives.leave(y, run.sequence)
 
 
-def whole(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"],
-          seen: Seen) -> Float[Array, "B T N H"]:
+def whole(q: Queries, k: Keys, v: Keys, seen: Seen) -> Queries:
     """Attention without order; where nothing is seen, a mean that is to be left out."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
@@ -210,8 +200,7 @@ def whole(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array
     return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, size)
 
 
-def plain(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K J"],
-          positions: Int[Array, "B T"], look: Look) -> Float[Array, "B T N J"]:
+def plain(q: Queries, k: Keys, v: Values, positions: Places, look: Look) -> Attended:
     """Attention of queries at `positions` to all keys up to them; the slow twin of `blocked`."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
@@ -221,12 +210,9 @@ def plain(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array
     return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, -1)
 
 
-def blocked(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K J"],
-            look: Look) -> Float[Array, "B T N J"]:
-    """Causal attention with (group, time) as the rows of one matmul per KV head, block of queries by block.
-
-    Almost half of the scores lie after their query; a block multiplies only the keys up to its own end, and of them
-    those that its window reaches.
+def blocked(q: Queries, k: Keys, v: Values, look: Look) -> Attended:
+    """Causal attention with (group, time) as the rows of one matmul per KV head, block of queries by block: a block
+    multiplies only the keys up to its own end, and of them those that its window reaches.
     """
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H

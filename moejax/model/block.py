@@ -12,7 +12,7 @@ from moejax import config as configs
 from moejax.model.attention import Attention, LatentAttention
 from moejax.model.cache import Cache
 from moejax.model.cross import GatedCross, Sight
-from moejax.model.layers import DenseLayer, Norm, Pass
+from moejax.model.layers import DenseLayer, Norm, Pass, Places, Stream
 from moejax.model.moe import MoELayer
 from moejax.model.weights import Weights
 from moejax.parallel import collectives
@@ -23,33 +23,28 @@ FEEDS = {"M": MoELayer, "D": DenseLayer}  # by the letters of Model.pattern
 class Block(nnx.Module):
     """Attention and feed-forward, each added to what flows past (pre-norm)."""
 
-    def __init__(self, w: Weights, model: configs.Model, letter: str, attention: type[nnx.Module] | None = None):
+    def __init__(self, w: Weights, model: configs.Model, letter: str):
         self.attention_norm = Norm(w, model)
-        attention = attention or (LatentAttention if model.latent else Attention)
+        attention = LatentAttention if model.latent else Attention
         self.attention = attention(w, model, model.window if letter.islower() else None)
         self.feed_norm = Norm(w, model)
         self.feed = FEEDS[configs.CROSSED.get(letter, letter).upper()](w, model)
         self.scale = model.multipliers[1] if model.multipliers else 1.0
         self.cross = GatedCross(w, model) if letter in configs.CROSSED else None  # last: the rest starts as without
 
-    def __call__(self, x: Array, positions: Array | None, run: Pass, cache: Cache | None,
-                 sight: Sight | None = None) -> tuple[Array, Cache | None, Any]:
-        if self.cross is not None:
-            x = self.cross(x, sight, run)
+    def __call__(self, x: Stream, positions: Places | None, run: Pass, cache: Cache | None,
+                 sight: Sight | None = None) -> tuple[Stream, Cache | None, Any]:
+        x = x if self.cross is None else self.cross(x, sight, run)
         y, cache = self.attention(self.attention_norm(x), positions, run, cache)
         x = x + (y if self.scale == 1 else y * self.scale)
         y, decisions = self.feed(self.feed_norm(x), run)
         return x + (y if self.scale == 1 else y * self.scale), cache, decisions
 
 
-def scan_blocks(blocks: list[Block], x: Array, positions: Array | None, run: Pass, cache: list[Cache | None],
-                numbers: Array, present: Array | None = None,
-                sight: Sight | None = None) -> tuple[Array, tuple[list[Cache | None], Any]]:
-    """Stacked blocks, one after another, repeated along their stack.
-
-    Args:
-        numbers, present: of every layer, [repeats, len(blocks)], as in Transformer.layers.
-    Returns: x, (the caches, the decisions of the MoE layers stacked in layer order or None).
+def scan_blocks(blocks: list[Any], x: Stream, positions: Places | None, run: Pass, cache: list[Cache | None],
+                numbers: Array | None = None, present: Array | None = None, sight: Any = None) -> tuple[Stream, Any]:
+    """Stacked blocks, one after another, repeated along their stack; `numbers` and `present` of every layer, [repeats,
+    len(blocks)], as in Transformer.layers.  Returns x, (the caches, the MoE layers' decisions in layer order or None).
     """
     parts = [nnx.split(block) for block in blocks]
 
@@ -75,12 +70,7 @@ def scan_blocks(blocks: list[Block], x: Array, positions: Array | None, run: Pas
 
 
 def remat(body: Any, policy: str) -> Any:
-    """What the backward pass finds saved: everything, all but weights made ready for use (`weights`), the matmuls'
-    outputs (`dots`), or only the layer's input (`full`).
-    """
-    if policy == "none":
-        return body
-    policies = jax.checkpoint_policies
-    keep = {"weights": policies.save_anything_except_these_names("weight"),
-            "dots": policies.dots_with_no_batch_dims_saveable, "full": None}
-    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
+    """By what the backward pass finds saved: `none` is everything, `full` only the layer's input."""
+    policies = {"weights": jax.checkpoint_policies.save_anything_except_these_names("weight"),  # as made for use
+                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    return body if policy == "none" else jax.checkpoint(body, policy=policies[policy], prevent_cse=False)

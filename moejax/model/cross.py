@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from moejax import config as configs
 from moejax.model.attention import Attention
-from moejax.model.layers import MLP, Norm, Pass
+from moejax.model.layers import MLP, Norm, Pass, Stream
 from moejax.model.weights import Weights
 from moejax.parallel import collectives
 
@@ -30,33 +30,29 @@ class Sight(NamedTuple):
 
 
 class GatedCross(nnx.Module):
-    """Cross-attention and an MLP, each added through the tanh of a gate that starts at 0.  What sees no image passes
-    unchanged; where the config's feed is "every", it passes the MLP.
-    """
+    """Cross-attention and an MLP, each added through the tanh of a gate that starts at 0, where an image is seen."""
 
     def __init__(self, w: Weights, model: configs.Model):
-        rules, width = model.looks(), model.encoder().width
+        rules = model.looks()
         self.norm = Norm(w, model)
         inner = replace(model, qk_norm=rules.norm, biases=(), qkv_limit=None)
-        self.attention = Attention(w, inner, source=w.sized(embed=width))
+        self.attention = Attention(w, inner, source=w.sized(embed=model.encoder().width))
         self.feed_norm, self.mlp = Norm(w, model), MLP(w, model)
-        axes = {"number": "one", "vector": "norm"}[rules.gate]
+        axes = "one" if rules.gate == "number" else "norm"
         self.gate, self.feed_gate = w(axes, 0.0), w(axes, 0.0)
-        self.every = rules.feed == "every"
+        self.every = rules.feed == "every"  # token passes the MLP
 
-    def __call__(self, x: Float[Array, "B t D"], sight: Sight | None, run: Pass) -> Float[Array, "B t D"]:
-        seen = None
-        if sight is not None:
-            context, seen = sight.flat()
-            y = self.attention.look(self.norm(x), run, context.astype(x.dtype), seen)
-            x = x + tanh(self.gate, y)
+    def __call__(self, x: Stream, sight: Sight | None, run: Pass) -> Stream:
         if sight is None and not self.every:
             return x
+        if sight is not None:
+            context, seen = sight.flat()
+            x = x + tanh(self.gate, self.attention.look(self.norm(x), run, context.astype(x.dtype), seen))
         y = self.mlp(collectives.enter(self.feed_norm(x), run.sequence), run)
         if not self.every:
             y = jnp.where(jnp.any(seen, -1, keepdims=True), y, 0)
         return x + tanh(self.feed_gate, collectives.leave(y, run.sequence))
 
 
-def tanh(gate: Any, y: Float[Array, "B t D"]) -> Float[Array, "B t D"]:
+def tanh(gate: Any, y: Stream) -> Stream:
     return jnp.tanh(gate[...])[None, None].astype(y.dtype) * y

@@ -20,13 +20,16 @@ from moejax.parallel import collectives
 BLOCKS = (512, 128)  # rows of one matmul of `blocked`: as many of the first as are full, then of the last
 
 
+Biases = tuple[Float[Array, "E U F"], Float[Array, "E D"]] | None  # before the activation, and of outputs
+
+
 class Experts(NamedTuple):
     """The experts that live on this device.  Over the tensor shards, biases of outputs add up to what they are."""
 
     up: Float[Array, "E D U F"]
     down: Float[Array, "E F D"]
     activation: Callable[[Array], Array]  # of ACTIVATIONS
-    biases: tuple[Float[Array, "E U F"], Float[Array, "E D"]] | None = None
+    biases: Biases = None
 
     def __call__(self, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         h = jnp.einsum("ecd,edf->ecf", x, self.up.reshape(*self.up.shape[:2], -1))
@@ -119,9 +122,8 @@ def take(rows: Float[Array, "Q ..."], index: Int[Array, " N"]) -> Float[Array, "
     return rows.at[index].get(mode="promise_in_bounds")
 
 
-# DO NOT leave the gradients of the two gathers below to autodiff: it makes scatter-adds of them, which are slow on
-# every backend.  Rows of empty seats are those of some token; nobody reads what becomes of them, and their gradient
-# is made zero in `unpack`.
+# DO NOT leave the gradients of the two gathers below to autodiff: it makes scatter-adds of them, slow on every backend.
+# Rows of empty seats are some token's: nobody reads what becomes of them, and `unpack` makes their gradient zero.
 
 
 @jax.custom_vjp
@@ -157,9 +159,8 @@ unpack.defvjp(lambda rows, weight, plan: (unpack(rows, weight, plan), (rows, wei
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def run_blocks(x: Float[Array, "Q D"], up: Float[Array, "E D U F"], down: Float[Array, "E F D"],
-               biases: tuple[Float[Array, "E U F"], Float[Array, "E D"]] | None, begins: Int[Array, " E"],
-               ends: Int[Array, " E"], activation: Callable[[Array], Array]) -> Float[Array, "Q D"]:
+def run_blocks(x: Float[Array, "Q D"], up: Float[Array, "E D U F"], down: Float[Array, "E F D"], biases: Biases,
+               begins: Int[Array, " E"], ends: Int[Array, " E"], activation: Any) -> Float[Array, "Q D"]:
     """Rows begins[e]:ends[e] through expert e; rows beyond the last end are left alone."""
     return blocks_forward(x, up, down, biases, begins, ends, activation)[0]
 
@@ -173,8 +174,7 @@ def over_blocks(block: Callable[[Array, int, Any], Any], begin: Array, end: Arra
     return carry
 
 
-def blocks_forward(x: Array, up: Array, down: Array, biases: Any, begins: Array, ends: Array,
-                   activation: Callable[[Array], Array]) -> tuple[Array, Any]:
+def blocks_forward(x: Array, up: Array, down: Array, biases: Any, begins: Array, ends: Array, activation: Any) -> Any:
     gates = up.shape[2:]
 
     def expert(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -197,7 +197,7 @@ def blocks_forward(x: Array, up: Array, down: Array, biases: Any, begins: Array,
     return y, (x, h, up, down, biases, begins, ends)
 
 
-def blocks_backward(activation: Callable[[Array], Array], saved: Any, grad: Array) -> tuple[Any, ...]:
+def blocks_backward(activation: Any, saved: Any, grad: Array) -> tuple[Any, ...]:
     x, h, up, down, biases, begins, ends = saved
 
     def expert(dx: Array, inputs: Any) -> tuple[Array, Any]:

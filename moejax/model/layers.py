@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from moejax import config as configs
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
+
+Stream = Float[Array, "B t D"]  # between the parts of a layer
+Places = Int[Array, "B T"]  # positions of tokens in their sequence
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,6 @@ def normed(x: Float[Array, "... D"], scale: Any, bias: Any, eps: float, center: 
     return plus(y * scale[...].reshape(*[1] * (y.ndim - 1), -1), bias).astype(x.dtype)
 
 
-def swiglu(h: Float[Array, "... U F"]) -> Float[Array, "... F"]:
-    """arXiv 2002.05202: SiLU of the first gate times the second."""
-    return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
-
-
 def clamped_swiglu(h: Float[Array, "... U F"], slope: float, limit: float) -> Float[Array, "... F"]:
     """GPT-OSS's: both halves are clamped, the sigmoid has a slope, and the second half starts at 1."""
     gate, up = jnp.minimum(h[..., 0, :], limit), jnp.clip(h[..., 1, :], -limit, limit)
@@ -66,7 +64,8 @@ ACTIVATIONS: dict[str, Callable[..., Array]] = {
     "quick_gelu": lambda h: h[..., 0, :] * jax.nn.sigmoid(1.702 * h[..., 0, :]),  # CLIP's approximation by a sigmoid
     "relu": lambda h: jax.nn.relu(h[..., 0, :]),
     "geglu": lambda h: jax.nn.gelu(h[..., 0, :], approximate=True) * h[..., 1, :],
-    "swiglu": swiglu, "clamped_swiglu": clamped_swiglu}
+    "swiglu": lambda h: jax.nn.silu(h[..., 0, :]) * h[..., 1, :],  # arXiv 2002.05202
+    "clamped_swiglu": clamped_swiglu}
 
 
 @cache
@@ -105,5 +104,5 @@ class DenseLayer(nnx.Module):
     def __init__(self, w: Weights, model: configs.Model):
         self.mlp = MLP(w, model)
 
-    def __call__(self, x: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B t D"], None]:
+    def __call__(self, x: Stream, run: Pass) -> tuple[Stream, None]:
         return collectives.leave(self.mlp(collectives.enter(x, run.sequence), run), run.sequence), None

@@ -1,7 +1,6 @@
 """Cross-entropy over a vocabulary that is split over `tensor`, in chunks of tokens.
 
-No more than one chunk of logits ever exists, and the gradient is made in the forward pass from that chunk, so that
-the logits are not computed a second time (3 matmuls instead of 4).
+One chunk of logits exists at a time, and the gradient is made from it in the forward pass: 3 matmuls instead of 4.
 """
 
 from functools import partial
@@ -21,9 +20,8 @@ def cross_entropy(hidden: Float[Array, "N D"], weight: Float[Array, "D V"], targ
                   weights: Float[Array, " N"], cap: float = 0.0) -> Float[Array, ""]:
     """Sum over tokens of weights × −log p(target), in nats; differentiable in `hidden` and `weight`.
 
-    Args:
-        weight: this tensor shard's columns; targets count over the whole vocabulary.
-        cap: logits are cap · tanh(logit / cap), of Gemma 2 (arXiv 2408.00118 section 2); 0 is off.
+    Args: weight: this tensor shard's columns; targets: count over the whole vocabulary; cap: logits are
+        cap · tanh(logit / cap), of Gemma 2 (arXiv 2408.00118 section 2); 0 is off.
     """
     hidden, weight = collectives.match((hidden, weight), hidden, weight, weights)
     return collectives.total(share(hidden, weight, targets, weights, cap), ("tensor",))
@@ -51,8 +49,7 @@ def forward(hidden: Array, weight: Array, targets: Array, weights: Array, cap: f
 
     zero = collectives.match((jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32)), hidden)
     (loss, d_weight), d_hidden = lax.scan(step, zero, chunks(hidden, targets, weights))
-    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return loss, (d_hidden, d_weight.astype(weight.dtype))
+    return loss, (d_hidden.reshape(-1, hidden.shape[1])[:len(hidden)], d_weight.astype(weight.dtype))
 
 
 def backward(cap: float, saved: Any, grad: Array) -> tuple[Array, Array, None, None]:
@@ -63,18 +60,14 @@ def backward(cap: float, saved: Any, grad: Array) -> tuple[Array, Array, None, N
 share.defvjp(forward, backward)
 
 
-def chunks(hidden: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """Cut into equal chunks, the last padded with tokens of weight 0."""
-    count = -(-hidden.shape[0] // CHUNK)
-    size = -(-hidden.shape[0] // count)
-    pad = count * size - hidden.shape[0]
-
-    def cut(x: Array) -> Array:
-        if pad:
-            x = jnp.concatenate([x, collectives.match(jnp.zeros((pad, *x.shape[1:]), x.dtype), x)])
-        return x.reshape(count, size, *x.shape[1:])
-
-    return cut(hidden), cut(targets), cut(weights)
+def chunks(*parts: Array) -> tuple[Array, ...]:
+    """Hidden states, targets and weights in equal chunks of tokens, the last padded with tokens of weight 0."""
+    tokens = len(parts[0])
+    count = -(-tokens // CHUNK)
+    size = -(-tokens // count)
+    if pad := count * size - tokens:
+        parts = tuple(jnp.pad(x, [(0, pad), *[(0, 0)] * (x.ndim - 1)]) for x in parts)
+    return tuple(x.reshape(count, size, *x.shape[1:]) for x in parts)
 
 
 def one_chunk(hidden: Array, weight: Array, targets: Array, weights: Array, cap: float) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from moejax import config as configs
 from moejax.model.dispatch import DISPATCHERS, Experts
-from moejax.model.layers import MLP, Pass, activation, plus
+from moejax.model.layers import MLP, Pass, Stream, activation, plus
 from moejax.model.router import Losses, Routing, capacity, route
 from moejax.model.weights import Bias, Weights, use
 from moejax.parallel import collectives
@@ -27,7 +27,7 @@ class MoELayer(nnx.Module):
         self.shared_gate = w("embed -> one") if moe.shared_gate else None
         self.moe, self.activation = moe, activation(model)
 
-    def __call__(self, x: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses]]:
+    def __call__(self, x: Stream, run: Pass) -> tuple[Stream, tuple[Routing, Losses]]:
         inside = collectives.enter(x, run.sequence)
         # Unless the sequence is split, routers see x before it is marked as work for every tensor shard: the decision
         # and its gradient are computed alike everywhere, without communication.
@@ -40,12 +40,11 @@ class MoELayer(nnx.Module):
         experts = Experts(use(self.up, run.dtype), use(self.down, run.dtype), self.activation, biases)
         y = DISPATCHERS[self.moe.dispatcher](inside.reshape(-1, group, size), routing, seats, experts)
         y = y.reshape(batch, tokens, size)
-        if self.shared is not None:
-            shared = self.shared(inside, run)
-            if self.shared_gate is not None:
-                gate = jnp.einsum("btd,dz->btz", inside, use(self.shared_gate, run.dtype))
-                shared = shared * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(run.dtype)
-            y = y + shared
+        shared = None if self.shared is None else self.shared(inside, run)
+        if self.shared_gate is not None:
+            gate = jnp.einsum("btd,dz->btz", inside, use(self.shared_gate, run.dtype))
+            shared = shared * jax.nn.sigmoid(gate.astype(jnp.float32)).astype(run.dtype)
+        y = y if shared is None else y + shared
         per_sequence = Routing(*(part.reshape(batch, tokens, -1) for part in routing))
         return collectives.leave(y, run.sequence), (per_sequence, losses)
 

@@ -5,12 +5,13 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from moejax import config as configs
+from moejax.model.layers import Places
 
 
-def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], model: configs.Model) -> Float[Array, "B T N H"]:
+def rotary(x: Float[Array, "B T N H"], positions: Places, model: configs.Model) -> Float[Array, "B T N H"]:
     """x with pair i of its halves turned by position × frequency i."""
     half = x.shape[-1] // 2
     frequency, factor = frequencies(model, 2 * half, positions)
@@ -20,24 +21,18 @@ def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], model: conf
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def frequencies(model: configs.Model, size: int,
-                positions: Int[Array, "B T"]) -> tuple[Float[Array, "... 1 1 h"], float]:
+def frequencies(model: configs.Model, size: int, positions: Places) -> tuple[Float[Array, "... 1 1 h"], float]:
     """Of each pair of a head of `size`, theta^(-2i/size) where nothing is scaled; and a factor of sine and cosine."""
     kind, numbers = model.rope()
     share = np.arange(0, size, 2, dtype=np.float32) / size
-    if kind == "dynamic":
-        base = dynamic_base(model.rope_theta, size, positions, **numbers)
+    if kind == "dynamic":  # NTK-aware, by each sequence's own length so far: beyond the original the base grows
+        factor, original = numbers["factor"], numbers["original"]
+        length = jnp.maximum(jnp.max(positions, -1).astype(jnp.float32) + 1, original)
+        base = model.rope_theta * (factor * length / original - (factor - 1)) ** (size / (size - 2))
         return base[:, None, None, None] ** -jnp.asarray(share)[None, None, None], 1.0
     plain = np.float32(model.rope_theta) ** -share
     scaled, factor = SCALINGS[kind](plain, model.rope_theta, **numbers) if kind else (plain, 1.0)
     return jnp.asarray(scaled, jnp.float32)[None, None, None], factor
-
-
-def dynamic_base(theta: float, size: int, positions: Int[Array, "B T"], factor: float,
-                 original: float) -> Float[Array, " B"]:
-    """NTK-aware scaling by each sequence's own length so far: up to the original nothing, then a growing base."""
-    length = jnp.maximum(jnp.max(positions, -1).astype(jnp.float32) + 1, original)
-    return theta * (factor * length / original - (factor - 1)) ** (size / (size - 2))
 
 
 def linear(plain: np.ndarray, theta: float, factor: float) -> tuple[np.ndarray, float]:
@@ -47,9 +42,7 @@ def linear(plain: np.ndarray, theta: float, factor: float) -> tuple[np.ndarray, 
 
 def llama3(plain: np.ndarray, theta: float, factor: float, low: float, high: float,
            original: float) -> tuple[np.ndarray, float]:
-    """Llama 3.1's: waves longer than original / low are stretched, those shorter than original / high are not, and
-    what lies between goes from one to the other.
-    """
+    """Llama 3.1's: waves longer than original / low are stretched, up to original / high less and less."""
     turns = original * plain / (2 * math.pi)  # within the original length
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return plain * (keep + (1 - keep) / factor), 1.0

@@ -1,7 +1,6 @@
 """Who goes where: routers turn logits into a `Routing`, which every dispatcher carries out.
 
-All decisions are taken within a routing group (M tokens of one sequence), so they know nothing of the mesh, the
-microbatch or the other sequences.
+Decisions are taken within a group (M tokens of one sequence): they know nothing of mesh, microbatch, other sequences.
 """
 
 import math
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from moejax import config as configs
@@ -41,26 +40,19 @@ class Losses(NamedTuple):
 
 
 def capacity(moe: configs.MoE, tokens: int, training: bool) -> int:
-    """Seats of an expert in a group: ceil(tokens × active / experts × factor), arXiv 2101.03961 section 2.2.
-
-    Without a factor every token could come, so all have a seat; expert_choice fills its seats, so it keeps to the
-    factor of training.
-    """
+    """Seats of an expert in a group: ceil(tokens × active / experts × factor), arXiv 2101.03961 section 2.2."""
     factor = moe.capacity_factor if training else moe.eval_capacity_factor
-    factor = moe.capacity_factor if moe.router == "expert_choice" and factor is None else factor
+    if factor is None and moe.router == "expert_choice":  # it fills its seats
+        factor = moe.capacity_factor
     if factor is None:
-        return tokens
+        return tokens  # all could come
     # Rounded first: 50 × 1.1 is 55.00000000000001 in floating point, which is 55 seats and not 56.
     return min(tokens, max(1, math.ceil(round(tokens * moe.active / moe.experts * factor, 6))))
 
 
 def route(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> tuple[Routing, Losses]:
-    """The decisions of one layer, and what they cost.
-
-    Args: logits: float32; bias: added to the scores for the choice only (router sigmoid); seats: of every expert in
-        every group.
-    """
-    expert, weight, scores = ROUTERS[moe.router](logits, bias, moe, seats)
+    """The decisions of one layer, and what they cost.  `bias` moves the choice alone, `seats` are as in `capacity`."""
+    expert, weight, scores = ROUTERS[moe.router](logits, bias, moe)
     if moe.router == "expert_choice":
         rank = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1, stable=True).astype(jnp.int32)
         slot = collectives.match(rank, scores)  # JAX types an argsort as equal on all devices, whatever was sorted
@@ -71,7 +63,7 @@ def route(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int
     return routing, losses(logits, scores, routing, chosen, moe)
 
 
-def topk(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
+def topk(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> Choice:
     """Softmax before or after choosing k: k = 1 is Switch (arXiv 2101.03961), k = 2 GShard (arXiv 2006.16668)."""
     scores = jax.nn.softmax(logits, -1)
     if moe.softmax == "after":
@@ -81,7 +73,7 @@ def topk(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int)
     return expert, normalise(weight, moe), scores
 
 
-def sigmoid(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
+def sigmoid(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> Choice:
     """Independent scores, balanced by a bias on the choice alone (arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     scores = jax.nn.sigmoid(logits)
     _, expert = top(limit(scores + bias[None, None], moe), moe.active)
@@ -89,26 +81,24 @@ def sigmoid(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: i
     return expert, weight, scores / jnp.sum(scores, -1, keepdims=True)
 
 
-def sparsemixer(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
+def sparsemixer(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> Choice:
     """The best expert, then the best of the others, each weighed by a softmax over those close to it: SparseMixer
-    (arXiv 2409.12136) as it runs without noise; the weights do not sum to 1.
-
-    Here it trains so as well: without the paper's sampling and its estimate of the gradient.
+    (arXiv 2409.12136) without the sampling it trains with, also in training; the weights do not sum to 1.
     """
     left, chosen, weights = logits, [], []
     for _ in range(moe.active):
-        best = jnp.argmax(jax.lax.stop_gradient(left), -1).astype(jnp.int32)[..., None]
-        top_ = pick(jax.lax.stop_gradient(left), best)
+        best = jnp.argmax(lax.stop_gradient(left), -1).astype(jnp.int32)[..., None]
+        top_ = pick(lax.stop_gradient(left), best)
         far = (top_ - logits) / jnp.maximum(jnp.abs(logits), top_) > 2 * moe.mixer_gap
-        weights.append(pick(jax.nn.softmax(jnp.where(jax.lax.stop_gradient(far), -jnp.inf, left), -1), best))
+        weights.append(pick(jax.nn.softmax(jnp.where(lax.stop_gradient(far), -jnp.inf, left), -1), best))
         chosen.append(best)
         left = jnp.where(jax.nn.one_hot(best[..., 0], logits.shape[-1], dtype=bool), -jnp.inf, left)
     return jnp.concatenate(chosen, -1), jnp.concatenate(weights, -1) * moe.scale, jax.nn.softmax(logits, -1)
 
 
-def expert_choice(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE, seats: int) -> Choice:
-    """Every expert takes the tokens that score highest with it (arXiv 2202.09368): each token "chooses" all experts,
-    and the seats decide.  It looks ahead in the sequence, so it trains but does not generate.
+def expert_choice(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> Choice:
+    """Every expert takes the tokens that score highest with it, of all in the sequence (arXiv 2202.09368): a token
+    "chooses" all experts, and the seats decide.
     """
     scores = jax.nn.softmax(logits, -1)
     expert = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
@@ -122,10 +112,10 @@ ROUTERS: dict[str, Callable[..., Choice]] = {
 def top(scores: Scores, k: int) -> tuple[Float[Array, "R M A"], Int[Array, "R M A"]]:
     """The k highest scores, highest first, the lower index first among equals."""
     if k > 4:
-        best, index = jax.lax.top_k(scores, k)
+        best, index = lax.top_k(scores, k)
         return best, index.astype(jnp.int32)
     # A few passes over the experts are several times faster on a CPU than the sort inside top_k.
-    chosen, rest = [], jax.lax.stop_gradient(scores)
+    chosen, rest = [], lax.stop_gradient(scores)
     for _ in range(k):
         chosen.append(jnp.argmax(rest, -1).astype(jnp.int32))
         rest = jnp.where(jax.nn.one_hot(chosen[-1], scores.shape[-1], dtype=bool), -jnp.inf, rest)
@@ -144,8 +134,8 @@ def limit(scores: Scores, moe: configs.MoE) -> Scores:
     if moe.active_groups == moe.expert_groups:
         return scores
     grouped = scores.reshape(*scores.shape[:-1], moe.expert_groups, -1)
-    best = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], -1)
-    _, index = jax.lax.top_k(best, moe.active_groups)
+    best = jnp.sum(lax.top_k(grouped, min(2, grouped.shape[-1]))[0], -1)
+    _, index = lax.top_k(best, moe.active_groups)
     open_ = jnp.any(jax.nn.one_hot(index, moe.expert_groups, dtype=bool), -2)
     return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
@@ -158,23 +148,19 @@ def queue(expert: Int[Array, "R M A"], weight: Float[Array, "R M A"], moe: confi
     """Each choice's place in its expert's queue: all first choices, then all second ones (GShard, algorithm 1), each
     in the order of the tokens (`position`) or of their best weight (`score`, arXiv 2106.05974 section 4).
     """
-    groups, tokens, active = expert.shape
-    order = None
     if moe.priority == "score":
-        order = jnp.argsort(-jax.lax.stop_gradient(weight[..., 0]), axis=1, stable=True)
+        order = jnp.argsort(-lax.stop_gradient(weight[..., 0]), axis=1, stable=True)
         expert = jnp.take_along_axis(expert, order[..., None], 1)
+    groups, tokens, active = expert.shape
     line = expert.transpose(0, 2, 1).reshape(groups, active * tokens)
     slot = places(line, moe.experts).reshape(groups, active, tokens).transpose(0, 2, 1)
-    if order is not None:
-        slot = jnp.take_along_axis(slot, jnp.argsort(order, axis=1)[..., None], 1)
-    return slot
+    return jnp.take_along_axis(slot, jnp.argsort(order, axis=1)[..., None], 1) if moe.priority == "score" else slot
 
 
 def places(line: Int[Array, "R Q"], experts: int) -> Int[Array, "R Q"]:
     """How many earlier entries of the line equal each entry."""
     hit = jax.nn.one_hot(line, experts, dtype=jnp.int32)
-    before = jnp.cumsum(hit, axis=1) - hit
-    return jnp.sum(before * hit, -1).astype(jnp.int32)
+    return jnp.sum((jnp.cumsum(hit, axis=1) - hit) * hit, -1).astype(jnp.int32)
 
 
 def losses(logits: Scores, scores: Scores, routing: Routing, chosen: Bool[Array, "R M A"], moe: configs.MoE) -> Losses:
@@ -192,4 +178,4 @@ def losses(logits: Scores, scores: Scores, routing: Routing, chosen: Bool[Array,
     balance = collectives.match(moe.experts * jnp.mean(jnp.sum(part * mean, -1)), scores)
     z = jnp.mean(jnp.square(jax.nn.logsumexp(logits, -1)))
     dropped = jnp.sum((chosen & ~routing.kept).astype(jnp.float32))
-    return Losses(balance, z, jax.lax.stop_gradient(jnp.mean(scores, (0, 1))), jnp.sum(count, 0), dropped)
+    return Losses(balance, z, lax.stop_gradient(jnp.mean(scores, (0, 1))), jnp.sum(count, 0), dropped)

@@ -7,9 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax import Array, NamedSharding, P
 
 from moejax import config as configs
 from moejax.model import transformer, weights
@@ -29,7 +27,7 @@ class Sharded:
         variables = weights.flatten(self.module)
         self.axes = {name: variable.axes for name, variable in variables.items()}
         self.shapes = {name: variable.shape for name, variable in variables.items()}
-        self.learned = weights.trainable(self.module)
+        self.learned = {name: not isinstance(variable, weights.Bias) for name, variable in variables.items()}
         # Nothing is learned of images where there are none.
         frozen = {*config.train.freeze, *(() if config.data.images else ("cross", "encoder", "resampler"))}
         self.trainable = {name: learned and weights.group(name) not in frozen for name, learned in self.learned.items()}
@@ -56,16 +54,14 @@ class Sharded:
         """How many there are: all, and those that work on a token."""
         moe, count, active = self.config.model.moe, 0, 0
         for name in filter(self.learned.get, self.shapes):
-            shape = self.shapes[name]
-            size = math.prod(shape)
+            size = math.prod(self.shapes[name])
             count += size
             active += size * moe.active // moe.experts if "expert" in axes.names(self.axes[name]) else size
         return count, active
 
     def program(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         """`function(weights on this device, *inputs)` as a function of global arrays."""
-        return jax.shard_map(function, mesh=self.mesh, in_specs=(self.specs, *in_specs), out_specs=out_specs,
-                             check_vma=True)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=(self.specs, *in_specs), out_specs=out_specs)
 
     def build(self, values: dict[str, Array]) -> Transformer:
         return weights.assemble(self.module, values)
@@ -77,11 +73,8 @@ class Sharded:
 
     @cached_property
     def forward(self) -> Callable[..., Output]:
-        """(weights, tokens "B T", images or None) -> logits, hidden states and routings as in evaluation; B a multiple
-        of the batch shards.
-        """
+        """(weights, tokens "B T", images or None) -> all of an Output as in evaluation; the batch shards divide B."""
         rows = axes.rows(self.mesh.shape)
-        stacked = P(None, *rows)
 
         def device(values: dict[str, Array], tokens: Array, images: Any) -> Output:
             model, run = self.build(values), self.run(sequence=False, remat="none")
@@ -91,7 +84,7 @@ class Sharded:
             return output._replace(logits=model.logits(output.hidden, run), losses=losses)
 
         experts = "M" in self.config.model.layer_kinds()
-        out = Output(P(*rows, None, "tensor"), rows, Routing(*[stacked] * 4) if experts else None,
+        out = Output(P(*rows, None, "tensor"), rows, Routing(*[P(None, *rows)] * 4) if experts else None,
                      Losses(*[P()] * 5) if experts else None)
         program = jax.jit(self.program(device, (rows, rows), out))
         return lambda values, tokens, images=None: program(values, tokens, images)
@@ -110,21 +103,17 @@ class Sharded:
         return count + sum(2 * model.heads * sizes * keys(self.config.data.sequence, letter.islower() and model.window)
                            for letter in model.layer_letters())
 
-
     def rows_per_token(self, name: str) -> float:
         """How many rows a matrix multiplies for a token of text: of images as many as a sequence can have."""
         group, images, told = weights.group(name), self.config.data.images, self.config.model.encoder()
         if group == "text" or not images:
             return float(group == "text")
-        rules = self.config.model.looks()
+        rules, tokens = self.config.model.looks(), self.config.data.sequence
         patches = images * rules.frames * ((told.size // told.patch) ** 2 + (told.kind == "clip"))
-        latents, tokens = images * rules.latents, self.config.data.sequence
-        source = name.endswith((".attention.k", ".attention.v"))
-        if group == "cross":
-            return (latents or patches) / tokens if source else 1.0
-        if group == "encoder":
-            return patches / tokens
-        return (latents + patches * source) / tokens
+        latents, source = images * rules.latents, name.endswith((".attention.k", ".attention.v"))
+        rows = {"cross": (latents or patches) if source else tokens, "encoder": patches,
+                "resampler": latents + patches * source}
+        return rows[group] / tokens
 
 
 def keys(tokens: int, window: int | bool | None) -> float:
@@ -134,8 +123,6 @@ def keys(tokens: int, window: int | bool | None) -> float:
 
 
 def on_mesh(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Arrays whose first dimension is the batch, placed on the mesh.  Every process has the whole of them, and copies
-    its own devices' rows without a look at the others'.
-    """
+    """Arrays whose first dimension is the batch, of which every process has the whole, placed on the mesh."""
     place = NamedSharding(mesh, axes.rows(mesh.shape))
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), tree)

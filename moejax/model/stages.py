@@ -1,8 +1,8 @@
 """Which layers lie where in a pipeline, and the way of their weights there and back.
 
-A part of the model (a chunk of a stage) is a line of slots that all parts share, as all devices run one program: the
-shortest line of layer kinds in which the layers of every part are found in order.  Where a part has no layer for a
-slot, the slot is left out and its weights are zeros.  Training state keeps the order of the model on every mesh.
+A part of the model (a chunk of a stage) is a line of slots that all parts share, as all devices run one program: a
+short line of layer kinds in which the layers of every part are found in order.  A slot for which a part has no layer is
+left out, its weights zeros.  Training state keeps the order of the model on every mesh.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from moejax.config import Config, Mesh
 from moejax.model import transformer, weights
 from moejax.model.cross import Sight
-from moejax.model.layers import Pass
+from moejax.model.layers import Pass, Stream
 from moejax.model.router import Losses, Routing
 from moejax.model.transformer import Transformer
 from moejax.parallel import axes, collectives
@@ -32,9 +32,7 @@ class Home(NamedTuple):
 
 
 class Stages:
-    """The layout of one config's pipeline.
-
-    `numbers` [stages, chunks, slots] is the layer of the model in every slot (-1 for none), `model` a part as a model
+    """`numbers` [stages, chunks, slots] is the layer of the model in every slot (-1: none), `model` a part as a model
     of its own, `splits` the dimension in which a weight is split over the stages other than by layers (None: none is).
     """
 
@@ -78,9 +76,7 @@ class Stages:
         return place
 
     def spread(self, values: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-        """This device's shards of the model's weights -> (of its parts, stacked [chunks, repeats, …]; of no layer).
-        Linear: its transpose takes gradients back.
-        """
+        """This device's shards of the weights -> (of its parts, [chunks, repeats, …]; of no layer); linear."""
         local = {}
         for prefix, home in self.homes.items():
             for name in [name for name in values if prefix_of(name) == home.sources[0]]:
@@ -113,8 +109,7 @@ class Stages:
     def fetch(self, stack: list[Array], home: Home, dim: int | None) -> Array:
         if home.in_place:
             return stack[0]
-        rows = jnp.concatenate(stack)
-        index = jnp.asarray(home.rows)
+        rows, index = jnp.concatenate(stack), jnp.asarray(home.rows)
         index = index[collectives.index("pipeline")] if dim is None else index.ravel()
         some = (index >= 0).reshape(-1, *[1] * (rows.ndim - 1))
         rows = jnp.where(some, rows[jnp.maximum(index, 0)], 0)
@@ -124,8 +119,8 @@ class Stages:
         """The model whose layers are those of one part; as `spread` gives them, without the axis of chunks."""
         return weights.assemble(self.module, part | shared)
 
-    def run(self, part: dict[str, Array], shared: dict[str, Array], x: Float[Array, "B t D"], run: Pass, c: Array,
-            images: Any) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None]:
+    def run(self, part: dict[str, Array], shared: dict[str, Array], x: Stream, run: Pass, c: Array,
+            images: Any) -> tuple[Stream, tuple[Routing, Losses] | None]:
         """x through the layers of chunk c of this stage; the decisions per MoE slot.  `part` has what is to be seen."""
         numbers = jnp.asarray(self.numbers, jnp.int32)[collectives.index("pipeline"), c]
         tokens = x.shape[1] * (lax.axis_size("tensor") if run.sequence else 1)
@@ -141,11 +136,11 @@ class Stages:
     def of_layers(self, figures: Array) -> Array:
         """Figures per MoE slot of this stage, [chunks, slots, …] -> per MoE layer of the model, zeros if not here."""
         numbers = self.numbers[:, :, self.moe_slots]
-        count = {n: i for i, n in enumerate(sorted(numbers[numbers >= 0].tolist()))}
-        index = jnp.asarray(np.vectorize(lambda n: count.get(n, len(count)), otypes=[np.int32])(numbers))
-        index = index[collectives.index("pipeline")].ravel()
+        layers = np.sort(numbers[numbers >= 0])
+        index = np.where(numbers < 0, len(layers), np.searchsorted(layers, numbers)).astype(np.int32)
+        index = jnp.asarray(index)[collectives.index("pipeline")].ravel()
         flat = figures.reshape(-1, *figures.shape[2:])
-        zeros = collectives.match(jnp.zeros((len(count), *flat.shape[1:]), flat.dtype), flat, index)
+        zeros = collectives.match(jnp.zeros((len(layers), *flat.shape[1:]), flat.dtype), flat, index)
         return zeros.at[index].add(flat, mode="drop")
 
 
@@ -176,8 +171,4 @@ def shortest_line(parts: list[str]) -> str:
 
 def places(part: str, line: str) -> list[int]:
     """Where in the line each letter of the part comes to lie, as early as it can."""
-    found, at = [], 0
-    for letter in part:
-        at = line.index(letter, at) + 1
-        found.append(at - 1)
-    return found
+    return list(itertools.accumulate(part, lambda at, letter: line.index(letter, at + 1), initial=-1))[1:]

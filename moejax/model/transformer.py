@@ -13,7 +13,7 @@ from moejax.model import cache as caches
 from moejax.model.block import Block, scan_blocks
 from moejax.model.cache import Cache
 from moejax.model.cross import Sight
-from moejax.model.layers import Norm, Pass
+from moejax.model.layers import Norm, Pass, Places, Stream
 from moejax.model.router import Losses, Routing
 from moejax.model.vision import Tower
 from moejax.model.weights import Weights, use
@@ -32,13 +32,12 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Weights are stacked by runs of equal layers, and each run is one `lax.scan`: depth costs no compile time.  A
-    model of images has a `vision` tower too, unless it is left out; one without layers has nothing else.
+    """Runs of equal layers are stacked, each run one `lax.scan`: depth costs no compile time.  Without layers there is
+    only the `vision` tower, which can be left out of others.
     """
 
     def __init__(self, model: configs.Model, key: Array, tower: bool = True):
-        w, at = Weights(model, key), stacks(model)
-        text = model.layers > 0
+        w, at, text = Weights(model, key), stacks(model), model.layers > 0
         self.embedding = w("vocab -> embed") if text else None
         self.runs = nnx.List([
             nnx.List([Block(w.layers(at[f"runs.{number}.{i}"]), model, letter) for i, letter in enumerate(unit)])
@@ -51,10 +50,8 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"], run: Pass, positions: Int[Array, "B T"] | None = None,
                  cache: Caches | None = None, sight: Sight | None = None) -> tuple[Output, Caches | None]:
-        """Hidden states after the last norm, and every routing; logits are `self.logits(hidden)`.
-
-        With a cache (from `self.cache`), tokens continue each sequence at `positions`.  What the tokens can look at
-        comes from `self.see(images, run)`.
+        """Hidden states after the last norm, and every routing; logits are `self.logits(hidden)`.  With a cache (from
+        `self.cache`), tokens continue each sequence at `positions`.  `sight` comes from `self.see(images, run)`.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -62,18 +59,15 @@ class Transformer(nnx.Module):
         routing, losses = found or (None, None)
         return Output(None, self.norm(x), routing, losses), caches_out if cache is not None else None
 
-    def layers(
-        self, x: Float[Array, "B t D"], positions: Int[Array, "B T"], run: Pass, cache: Caches | None = None,
-        numbers: Int[Array, " L"] | None = None, present: Bool[Array, " L"] | None = None, sight: Sight | None = None,
-    ) -> tuple[Float[Array, "B t D"], tuple[Routing, Losses] | None, list[list[Cache | None]]]:
+    def layers(self, x: Stream, positions: Places, run: Pass, cache: Caches | None = None,
+               numbers: Int[Array, " L"] | None = None, present: Bool[Array, " L"] | None = None,
+               sight: Sight | None = None) -> tuple[Stream, tuple[Routing, Losses] | None, list[list[Cache | None]]]:
         """All blocks, one after another: x, the decisions of the MoE layers stacked in their order, the caches.
 
-        Args:
-            numbers: of the layers in the whole model, which name their random numbers; counted from 0 by default.
+        Args: numbers: of the layers in the whole model, which name their random numbers, counted from 0 by default;
             present: False leaves a layer out, as if it were not there; its decisions are zeros.
         """
-        if numbers is None:
-            numbers = jnp.arange(self.model.layers, dtype=jnp.int32)
+        numbers = jnp.arange(self.model.layers, dtype=jnp.int32) if numbers is None else numbers
         decisions, caches_out, first = [], [], 0
         for number, (blocks, (unit, repeats)) in enumerate(zip(self.runs, runs(self.model), strict=True)):
             old = cache[number] if cache is not None else [None] * len(unit)
@@ -89,7 +83,7 @@ class Transformer(nnx.Module):
         """What tokens can look at, of the images of a batch (data/batch.py), if it has any."""
         return None if images is None else Sight(*self.vision(images.pixels, images.frames, run), images.looks)
 
-    def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Float[Array, "B t D"]:
+    def embed(self, tokens: Int[Array, "B T"], run: Pass) -> Stream:
         """Each tensor shard looks up the tokens of its part of the vocabulary; the rest are zero and summed away."""
         table = use(self.embedding, run.dtype)
         local = tokens - collectives.index("tensor") * table.shape[0]
@@ -99,7 +93,7 @@ class Transformer(nnx.Module):
             x = x * self.model.multipliers[0]
         return collectives.leave(x, run.sequence)
 
-    def output(self, hidden: Float[Array, "B t D"], run: Pass) -> tuple[Float[Array, "B T X"], Float[Array, "X V"]]:
+    def output(self, hidden: Stream, run: Pass) -> tuple[Float[Array, "B T X"], Float[Array, "X V"]]:
         """Two factors of this tensor shard's part of the logits.  A bias is a last row, for a last entry of 1."""
         hidden = collectives.enter(hidden, run.sequence)
         weight = use(self.embedding, run.dtype).T if self.head is None else use(self.head, run.dtype)
@@ -116,7 +110,7 @@ class Transformer(nnx.Module):
         """Soft cap of the logits; 0 is none."""
         return self.model.caps[1] if self.model.caps else 0.0
 
-    def logits(self, hidden: Float[Array, "B t D"], run: Pass) -> Float[Array, "B T V"]:
+    def logits(self, hidden: Stream, run: Pass) -> Float[Array, "B T V"]:
         """This tensor shard's part of the vocabulary, float32."""
         hidden, weight = self.output(hidden, run)
         logits = jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32)
@@ -129,21 +123,16 @@ class Transformer(nnx.Module):
 
 
 def runs(model: configs.Model) -> list[tuple[str, int]]:
-    """The layers as the fewest repeated units: "DDDMMMM" is [("D", 3), ("M", 4)], "DMDMDM" is [("DM", 3)].  A unit has
-    at most 8 layers; cost counts the letters that are compiled.
-    """
+    """The layers as the fewest repeated units of up to 8: "DDDMMMM" is [("D", 3), ("M", 4)], "DMDM" is [("DM", 2)]."""
     kinds = model.layer_letters()
-    best: list[tuple[int, list[tuple[str, int]]]] = [(0, [])]
+    best: list[tuple[int, list[tuple[str, int]]]] = [(0, [])]  # letters to compile, and the units, by layers so far
     for end in range(1, len(kinds) + 1):
         options = []
         for width in range(1, min(8, end) + 1):
             unit, repeats = kinds[end - width:end], 1
-            while True:
+            while kinds[:end].endswith(unit * repeats):
                 cost, before = best[end - width * repeats]
                 options.append((cost + width, [*before, (unit, repeats)]))
-                start = end - width * (repeats + 1)
-                if start < 0 or kinds[start:start + width] != unit:
-                    break
                 repeats += 1
         best.append(min(options, key=lambda option: (option[0], len(option[1]))))
     return best[-1][1]

@@ -1,7 +1,6 @@
 """Images and videos to a few vectors each: a vision transformer (arXiv 2010.11929) as CLIP (arXiv 2103.00020) and
-SigLIP (arXiv 2303.15343) build it, and Flamingo's Perceiver resampler (arXiv 2204.14198, appendix A.1.1).
-
-Both are made of the text model's own parts, told by a config of their own.
+SigLIP (arXiv 2303.15343) build it, and Flamingo's Perceiver resampler (arXiv 2204.14198, appendix A.1.1).  Both are
+made of the text model's own parts, told by a config of their own.
 """
 
 from dataclasses import replace
@@ -10,12 +9,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float, Int, Num
 
 from moejax import config as configs
-from moejax.model.attention import Attention, Everywhere, leave, whole
-from moejax.model.block import Block, remat, scan_blocks
+from moejax.model.attention import Attention, leave, whole
+from moejax.model.block import Block, scan_blocks
 from moejax.model.layers import MLP, Norm, Pass, plus
 from moejax.model.weights import Weights, use
 from moejax.parallel import collectives
@@ -37,12 +36,7 @@ class Tower(nnx.Module):
 
     def __call__(self, pixels: Num[Array, "B I F S S 3"], frames: Int[Array, "B I"],
                  run: Pass) -> tuple[Float[Array, "B I O W"], Bool[Array, "B I O"]]:
-        """Vectors of every image, and which of them are there.
-
-        Args:
-            pixels: of frames, of images, of sequences: bytes, or numbers that are normalised already.
-            frames: how many of them there are.
-        """
+        """Vectors of every image, and which are there; `frames` counts their frames.  Pixels: bytes, or normalised."""
         batch, images, most = pixels.shape[:3]
         run = replace(run, sequence=False, key=None)
         hidden = self.encoder.hidden(pixels.reshape(-1, *pixels.shape[3:]), run)
@@ -73,7 +67,7 @@ class Encoder(nnx.Module):
         self.token = w("embed") if clip else None
         self.positions = w("place embed")
         self.pre_norm = Norm(w, self.model) if clip else None
-        self.block = Block(w.layers(range(told.layers)), self.model, "D", Everywhere)
+        self.block = Block(w.layers(range(told.layers)), self.model, "D")
         self.post_norm = Norm(w, self.model)
         self.pool = Pool(w, self.model) if told.pool else None
         self.told, self.clip = told, clip
@@ -81,12 +75,12 @@ class Encoder(nnx.Module):
     def hidden(self, pixels: Num[Array, "N S S 3"], run: Pass) -> Float[Array, "N P W"]:
         """As another model uses it: SigLIP's are after the last norm, CLIP's before."""
         x = self.patches(pixels, run.dtype)
-        if self.token is not None:
+        if self.clip:
             token = jnp.broadcast_to(use(self.token, run.dtype), (len(x), 1, x.shape[-1]))
             x = jnp.concatenate([token, x], 1)
         x = x + self.places(x.shape[1], run.dtype)[None]
-        x = x if self.pre_norm is None else self.pre_norm(x)
-        x, _ = scan_blocks([self.block], x, None, run, [None], jnp.zeros((self.model.layers, 1), jnp.int32))
+        x = self.pre_norm(x) if self.clip else x
+        x, _ = scan_blocks([self.block], x, None, run, [None])
         return x if self.clip else self.post_norm(x)
 
     def __call__(self, pixels: Num[Array, "N S S 3"], run: Pass) -> Features:
@@ -166,18 +160,13 @@ class Resampler(nnx.Module):
     def __call__(self, x: Float[Array, "N F P W"], there: Bool[Array, "N F"], run: Pass) -> Float[Array, "N O W"]:
         if self.times is not None:
             x = x + use(self.times, x.dtype)[None, :x.shape[1], None]
-        count = x.shape[2]
+        there = jnp.repeat(there, x.shape[2], 1)
         x = x.reshape(len(x), -1, x.shape[-1])
         latents = jnp.broadcast_to(use(self.latents, x.dtype), (len(x), *self.latents.shape[:1], x.shape[-1]))
         # Latents always see themselves, so that those of no image are numbers too.
-        itself = jnp.ones((len(x), latents.shape[1]), bool)
-        seen = jnp.concatenate([jnp.repeat(there, count, 1), itself], 1)[:, None]
-        graph, state = nnx.split(self.layer)
-
-        def body(latents: Array, state: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, state)(latents, x, seen, run), None
-
-        return self.norm(lax.scan(remat(body, run.remat), collectives.match(latents, x), state)[0])
+        seen = jnp.concatenate([there, jnp.ones(latents.shape[:2], bool)], 1)[:, None]
+        latents, _ = scan_blocks([self.layer], collectives.match(latents, x), None, run, [None], sight=(x, seen))
+        return self.norm(latents)
 
 
 class ResamplerLayer(nnx.Module):
@@ -186,9 +175,9 @@ class ResamplerLayer(nnx.Module):
         self.attention = Attention(w, model)
         self.feed_norm, self.mlp = Norm(w, model), MLP(w, model)
 
-    def __call__(self, latents: Float[Array, "N O W"], x: Float[Array, "N S W"], seen: Bool[Array, "N 1 R"],
-                 run: Pass) -> Float[Array, "N O W"]:
-        y = self.norm(latents)
-        latents = latents + self.attention.look(y, run, jnp.concatenate([self.context_norm(x), y], 1), seen)
-        y = self.mlp(collectives.enter(self.feed_norm(latents), False), run)
-        return latents + collectives.leave(y, False)
+    def __call__(self, x: Float[Array, "N O W"], positions: None, run: Pass, cache: None,
+                 sight: tuple[Float[Array, "N S W"], Bool[Array, "N 1 R"]]) -> tuple[Float[Array, "N O W"], None, None]:
+        y, (patches, seen) = self.norm(x), sight
+        x = x + self.attention.look(y, run, jnp.concatenate([self.context_norm(patches), y], 1), seen)
+        y = self.mlp(collectives.enter(self.feed_norm(x), False), run)
+        return x + collectives.leave(y, False), None, None

@@ -4,9 +4,8 @@ Letters in shapes: B sequences, T tokens of a sequence, S key positions, D d_mod
 G query heads per KV head, H head_dim, J entries of a value, F hidden width, U gate (1 matrix into the hidden layer,
 or 2), V vocabulary, E experts, A active experts of a token, R routing groups, M tokens of a routing group, C capacity
 (seats of an expert in a group), Q seats of a dispatch, L layers, X D or one more, I images of a sequence, W width of
-the image encoder, P its patches and class token, O vectors of an image that text can look at.  t is T, or this tensor
-shard's slice of it between blocks.
-Inside the model all of them are the sizes on one device.
+the image encoder, P its patches and class token, O vectors of an image that text can look at; t is T, or this tensor
+shard's slice of it between blocks.  Inside the model all are the sizes on one device.
 
 One string says all about a weight: `w("expert: embed -> gate hidden")` has batch axes before the colon, the axes
 it sums over before the arrow (their product is the init fan-in) and its output axes after it.  A weight without an
@@ -56,13 +55,13 @@ class Weights:
 
     def __call__(self, axes: str, constant: float | None = None, kind: type[nnx.Variable] = nnx.Param) -> Any:
         shape = tuple(self.sizes[name] for name in rules.names(axes))
-        whole, count = (axes, ()) if self.stack is None else (stacked(axes), (len(self.stack),))
+        stacked = f"layer: {axes}" if "->" in axes and ":" not in axes else f"layer {axes}"
+        whole, count = (axes, ()) if self.stack is None else (stacked, (len(self.stack),))
         if constant is not None:
             return kind(jnp.full((*count, *shape), constant, jnp.float32), axes=whole)
-        fan_in = math.prod(self.sizes[name] for name in axes.split("->")[0].split(":")[-1].split())
-        if axes.startswith("vocab") or "->" not in axes:  # a lookup sums over nothing
-            fan_in = self.sizes["embed"]
-        key = self.rngs.params()
+        lookup = axes.startswith("vocab") or "->" not in axes  # sums over nothing
+        sums = ["embed"] if lookup else axes.split("->")[0].split(":")[-1].split()
+        fan_in, key = math.prod(self.sizes[name] for name in sums), self.rngs.params()
 
         def draw(key: Array) -> Array:
             return jax.random.truncated_normal(key, -3, 3, shape, jnp.float32) * fan_in**-0.5
@@ -71,10 +70,6 @@ class Weights:
             return kind(draw(key), axes=whole)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(self.stack, jnp.uint32))
         return kind(jax.vmap(draw)(keys), axes=whole)
-
-
-def stacked(axes: str) -> str:
-    return f"layer: {axes}" if "->" in axes and ":" not in axes else f"layer {axes}"
 
 
 def use(weight: Any, dtype: Any) -> Array:
@@ -93,10 +88,6 @@ def flatten(module: nnx.Module) -> dict[str, Any]:
 def group(name: str) -> str:
     """What a weight is of: text, cross (attention), encoder or resampler."""
     return name.split(".")[1] if name.startswith("vision.") else "cross" if ".cross." in name else "text"
-
-
-def trainable(module: nnx.Module) -> dict[str, bool]:
-    return {name: not isinstance(variable, Bias) for name, variable in flatten(module).items()}
 
 
 def assemble(module: nnx.Module, values: dict[str, Array]) -> Any:

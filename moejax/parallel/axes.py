@@ -1,7 +1,5 @@
-"""The one table from the logical axes of weights to the axes of the mesh.
-
-A weight is described by a string such as "layer expert: embed -> gate hidden" (see model/weights.py); every
-name of such a string stands in RULES.  Everything that depends on the layout of a weight reads this table.
+"""The one table from the logical axes of weights, as in "layer expert: embed -> gate hidden" (see model/weights.py), to
+the axes of the mesh.  Everything that depends on the layout of a weight reads it.
 """
 
 from collections.abc import Mapping
@@ -17,23 +15,13 @@ RULES: dict[str, str | None] = {
     "embed": "fsdp",  # gathered before use
     "heads": "tensor",
     "kv": "tensor",  # unless there are fewer KV heads than shards: then every shard holds all of them
-    "head": None,
-    "gate": None,
     "hidden": "tensor",
     "expert": "expert",
-    "choice": None,  # the router's output: every device decides alike
-    "norm": None,
-    "queries": None,  # ranks and parts of latent attention
-    "keys": None,
-    "mixed": None,
-    "both": None,
-    "one": None,
-    "colour": None,  # of a patch of an image
-    "row": None,
-    "column": None,
-    "place": None,  # of a patch in its image, and of a frame in its video
-    "latent": None,
-    "three": None,
+    # Whole everywhere.  "choice" is the router's output: every device decides alike.  The second line is of latent
+    # attention, the third of images: "place" of a patch in its image, and of a frame in its video.
+    **dict.fromkeys(("head", "gate", "choice", "norm", "one",
+                     "queries", "keys", "mixed", "both",
+                     "colour", "row", "column", "place", "latent", "three")),
 }
 
 
@@ -43,11 +31,7 @@ def names(axes: str) -> tuple[str, ...]:
 
 
 def spec(axes: str, shape: tuple[int, ...], mesh: Mapping[str, int]) -> P:
-    """How a weight lies on a mesh of these axis lengths.  An axis of length 1 splits nothing and is left out.
-
-    Raises:
-        ValueError: a dimension does not divide by its mesh axis; states both.
-    """
+    """How a weight lies on a mesh of these lengths.  Raises ValueError: a dimension does not divide; states both."""
     placed = []
     for name, size in zip(names(axes), shape, strict=True):
         axis = RULES[name] if mesh.get(RULES[name] or "", 1) > 1 else None

@@ -1,8 +1,7 @@
 """Every byte that moves between devices moves by one of these verbs.
 
-They run inside one `jax.shard_map` that is manual over all mesh axes with `check_vma=True`, so that JAX knows
-which values differ between the devices of an axis ("vary") and transposes each verb rightly.  Nothing varies over an
-axis of length 1, and a verb does nothing there.
+They run inside one `jax.shard_map` over all mesh axes, where JAX knows which values differ between the devices of an
+axis ("vary") and transposes each verb rightly.  Nothing varies over an axis of length 1: there a verb does nothing.
 
 | verb        | axis     | forward                                 | backward               |
 | ----------- | -------- | --------------------------------------- | ---------------------- |
@@ -124,9 +123,7 @@ def pass_on(x: Array, step: int) -> Array:
 
 
 def after(tree: Any, *others: Any) -> Any:
-    """The same values, not before `others` are there.  On a CPU only: there the collectives of two independent
-    computations can wait for each other's threads for ever.
-    """
+    """The same values, not before `others` are there: on a CPU independent collectives can block each other."""
     if jax.default_backend() != "cpu":
         return tree
     never = sum(jnp.sum(x.ravel()[:1] > jnp.inf) for x in jax.tree.leaves(others))  # 0, which the compiler cannot know

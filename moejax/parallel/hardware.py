@@ -5,7 +5,7 @@ Knows nothing of jax.  A config adds its own devices, or corrects these, in `har
 
 import difflib
 import re
-import time
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -56,18 +56,13 @@ def of_kind(device_kind: str) -> Device | None:
 
 
 def named(text: str, added: Sequence[str] = (), count: int = 1) -> tuple[Device, int]:
-    """ "H100x1024" or "H100": the device and how many, else `count`; "cpu" is measured here and now.
-
-    Args:
-        added: devices of a config, such as "mine like=H100 price=1.9 memory=94e9"; without `like` all numbers are said.
-    Raises ConfigError: no such device, or a wrong text.
+    """ "H100x1024" or "H100": the device and how many, else `count`; "cpu" is measured.  `added` are devices of a
+    config, such as "mine like=H100 price=1.9 memory=94e9"; without `like` all numbers are said.  Raises ConfigError.
     """
-    found = re.fullmatch(r"(.+?)(?:[x×](\d+))?", text.strip())
-    name, some = found.groups() if found else (text, None)
+    name, some = re.fullmatch(r"(.*?)(?:[x×](\d+))?", text.strip(), re.DOTALL).groups()
     table = dict(DEVICES)
     for each in added:
-        device = add(each, table)
-        table[device.name] = device
+        add(each, table)
     if name.lower() == "cpu":
         return measured(), int(some or count)
     matches = {other.lower(): device for other, device in table.items()}
@@ -78,7 +73,7 @@ def named(text: str, added: Sequence[str] = (), count: int = 1) -> tuple[Device,
     return matches[name.lower()], int(some or count)
 
 
-def add(text: str, table: dict[str, Device]) -> Device:
+def add(text: str, table: dict[str, Device]) -> None:
     name, *parts = text.split() or [""]
     values, numbers = dict(part.partition("=")[::2] for part in parts), [field.name for field in fields(Device)[2:-1]]
     like = table.get(values.pop("like", ""))
@@ -90,21 +85,13 @@ def add(text: str, table: dict[str, Device]) -> Device:
     except (ValueError, KeyError):
         raise ConfigError([f"hardware names a device and its numbers above 0 ({', '.join(numbers)}), or the one that "
                            f"it is like, as in 'mine like=H100 price=1.9'; got {text!r}"]) from None
-    return replace(base, name=name, **given, **({"dated": ""} if "price" in given else {}))
+    table[name] = replace(base, name=name, **given, **({"dated": ""} if "price" in given else {}))
 
 
 def measured() -> Device:
     """This machine's CPU: a float32 matmul and a copy, as they run now."""
     x = np.ones((1536, 1536), np.float32)
     y = np.ones(2**25, np.float32)
-
-    def seconds(work: object) -> float:
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    flops, copied = 2 * 1536**3 / seconds(lambda: x @ x), 2 * y.nbytes / seconds(y.copy)
+    matmul, copy = (min(timeit.repeat(work, number=1, repeat=4)) for work in (lambda: x @ x, y.copy))
+    flops, copied = 2 * 1536**3 / matmul, 2 * y.nbytes / copy
     return Device("cpu", "cpu", flops, flops, flops, 8e9, copied, copied / 2, 2**20, copied / 2)

@@ -1,11 +1,10 @@
 """Devices: fake ones on a CPU, the mesh over them, and how fast one of them multiplies."""
 
 import os
-import time
+import timeit
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 
@@ -18,10 +17,8 @@ def start(mesh: configs.Mesh, heartbeat: int = 100) -> None:
     """Join the group of processes, if the environment names one, and give this process its share of the fake CPU
     devices, if the config wants any.  Call before anything uses a device; again is harmless.
 
-    Args:
-        heartbeat: seconds without a sign of life after which the other processes of a group end.
-    Raises:
-        ConfigError: JAX already runs with another number of devices, or they do not divide over the processes.
+    Args: heartbeat: seconds without a sign of life after which the other processes of a group end.
+    Raises ConfigError: JAX already runs with another number of devices, or they do not divide over the processes;
         Unreachable: the other processes cannot be found.
     """
     group = processes.detect(os.environ)
@@ -55,11 +52,7 @@ def fake(devices: int, group: processes.Group | None) -> None:
 
 
 def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of a config over `devices` (all by default), with every axis of AXES.
-
-    Raises:
-        ConfigError: the axes do not multiply to the number of devices.
-    """
+    """Of a config, over `devices` (all by default).  Raises ConfigError: its axes do not multiply to their number."""
     if devices is None:
         devices = jax.devices()[: mesh.fake_devices] if mesh.fake_devices else jax.devices()
     shape = tuple(getattr(mesh, axis) for axis in AXES)
@@ -68,16 +61,14 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
         raise configs.ConfigError([
             f"the mesh axes must multiply to the number of devices; got {product} = {mesh.devices()} and "
             f"{len(devices)} {devices[0].platform} devices; change an axis, or set mesh.fake_devices={mesh.devices()}"])
-    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
     # An axis may take a part of one of a TPU's own dimensions: meshes as 8 × 32 on 8 × 8 × 4 need it.
     placed = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, AXES, axis_types=kinds)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def peak_flops(device: jax.Device) -> float:
     """FLOP/s of one device: from its data sheet, or on a CPU its share of a float32 matmul measured in this process.
-
-    The processes of a group must all call it: they measure at the same time, as they may share one machine.
+    All processes of a group must call it, as they may share one machine.
     """
     if known := hardware.of_kind(device.device_kind):
         return known.bfloat16
@@ -85,12 +76,9 @@ def peak_flops(device: jax.Device) -> float:
         device = jax.local_devices()[0]
     size = 1024
     x = jax.device_put(np.ones((size, size), np.float32), device)
-    multiply = jax.jit(jnp.dot)
-    multiply(x, x).block_until_ready()
+    multiply = jax.jit(lambda x: x @ x @ x @ x @ x)
+    multiply(x).block_until_ready()
     processes.barrier("peak")
-    begin = time.perf_counter()
-    for _ in range(4):
-        x = multiply(x, x) * (1 / size)
-    x.block_until_ready()
+    seconds = timeit.timeit(lambda: multiply(x).block_until_ready(), number=1)
     share = jax.local_device_count() if device.platform == "cpu" else 1
-    return 4 * 2 * size**3 / (time.perf_counter() - begin) / share
+    return 4 * 2 * size**3 / seconds / share

@@ -1,9 +1,8 @@
 """One executor for every pipeline schedule, inside the one-device program.
 
 The ticks of the table are the steps of `lax.scan`s.  A backward computes its part again from the saved input, or takes
-what the forward saved, and differentiates that alone, so that nothing grows with the number of microbatches but the
-table; autodiff never sees a scan over ticks.  Memory and traffic are planned from the table before anything runs:
-which slot of which buffer holds what arrives, and until when.
+what the forward saved, and differentiates that alone: autodiff never sees a scan over ticks, and only the table grows
+with the number of microbatches.  Which slot of which buffer holds what arrives, and until when, is planned before.
 """
 
 import itertools
@@ -27,7 +26,10 @@ class Parts(NamedTuple):
     first: Callable[[Any, Array], Array]  # (shared weights, m) -> x
     middle: Callable[[Any, Array, Array, Array], Any]  # (chunk's weights, x, m, c) -> ((y, cost), figures)
     last: Callable[[Any, Array, Array], Any]  # (shared weights, y, m) -> cost, or in `forwards` anything to be summed
-    fixed: Any = None  # weights of this stage that get no gradient: a dict, as then the others are, that `middle` joins
+    fixed: dict[str, Array]  # weights of this stage that get no gradient; `middle` has them beside the chunk's
+
+
+Times = dict[tuple[int, int], int]  # (microbatch, part) -> tick
 
 
 class Plan(NamedTuple):
@@ -42,8 +44,7 @@ class Plan(NamedTuple):
 
 def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
     """Slots for everything that waits.  In training without `save` the last part has no F: its B does it again."""
-    ticks, stages, at = len(schedule.ticks), schedule.stages, schedule.at
-    last = stages * schedule.chunks - 1
+    ticks, stages, last = len(schedule.ticks), schedule.stages, schedule.stages * schedule.chunks - 1
     names = [f"{kind}_{what}" for kind in "fbw" for what in ("on", "m", "chunk", "slot", "first", "last")]
     names += ["f_save", "b_saved", "b_got", "b_owed", "get_x", "get_dy"]
     columns = {name: np.full((ticks, stages), -1 if name.startswith("get") else 0, np.int32) for name in names}
@@ -54,38 +55,30 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
         for what, value in values.items():
             columns[f"{kind}_{what}"][tick, stage] = value
 
-    def allocate(waits: list[tuple[int, int]], begin: Any, end: Any, **fill: Any) -> int:
-        """Gives every (m, part) that waits the lowest slot that is free; returns how many there are.
-
-        Args: begin, end: (m, part) -> tick; fill: column -> its tick of (m, part), in which the slot is written down.
+    def allocate(begin: Times, end: Times, **fill: Times) -> int:
+        """Gives what waits from one tick to another the lowest slot that is free, written down in columns at ticks that
+        `fill` tells; returns how many there are.
         """
-        busy: dict[int, list[int]] = {stage: [] for stage in range(stages)}  # until when, by slot
-        for m, part in sorted(waits, key=lambda wait: begin(*wait)):
-            mine, since = busy[part % stages], min(begin(m, part), end(m, part))
+        busy: list[list[int]] = [[] for _ in range(stages)]  # until when, by slot
+        for which in sorted(begin, key=begin.get):
+            stage = which[1] % stages
+            mine, since = busy[stage], min(begin[which], end[which])
             slot = next((i for i, until in enumerate(mine) if until < since), len(mine))
-            mine[slot:slot + 1] = [end(m, part)]
-            for column, tick in fill.items():
-                if tick(m, part) is not None and tick(m, part) < ticks:  # a table without idle ticks is not causal
-                    columns[column][tick(m, part), part % stages] = slot
-        return max(map(len, busy.values()))
+            mine[slot:slot + 1] = [end[which]]
+            for column, times in fill.items():
+                if times.get(which, ticks) < ticks:  # a table without idle ticks is not causal
+                    columns[column][times[which], stage] = slot
+        return max(map(len, busy))
 
-    def tick_of(kind: str) -> Any:
-        return lambda m, part: at[kind, m, part]
-
-    def arrives(m: int, part: int) -> int | None:
-        return at["F", m, part - 1] + 1 if part else None
-
-    def returns(m: int, part: int) -> int:
-        return at["B", m, part + 1] + 1
-
-    ops = {kind: [(m, part) for k, m, part in at if k == kind] for kind in "FBW"}
-    inputs = allocate(ops["F"], lambda m, part: arrives(m, part) if part else at["F", m, part],
-                      tick_of("B" if train and not save else "F"), get_x=arrives, f_slot=tick_of("F"),
-                      **({"b_slot": tick_of("B")} if train else {}))
-    saved = allocate(ops["F"], tick_of("F"), tick_of("B"), f_save=tick_of("F"), b_saved=tick_of("B")) if save else 0
-    back = [(m, part) for m, part in ops["B"] if part < last]
-    grads = allocate(back, returns, tick_of("B"), get_dy=returns, b_got=tick_of("B"))
-    owed = allocate(ops["W"], tick_of("B"), tick_of("W"), b_owed=tick_of("B"), w_slot=tick_of("W"))
+    forward, backward, weights = (
+        {(m, part): tick for (k, m, part), tick in schedule.at.items() if k == kind} for kind in "FBW")
+    arrives = {(m, part + 1): tick + 1 for (m, part), tick in forward.items() if part < last}
+    returns = {(m, part - 1): tick + 1 for (m, part), tick in backward.items() if part}
+    inputs = allocate(forward | arrives, backward if train and not save else forward, get_x=arrives, f_slot=forward,
+                      b_slot=backward)
+    saved = allocate(forward, backward, f_save=forward, b_saved=backward) if save else 0
+    grads = allocate(returns, backward, get_dy=returns, b_got=backward)
+    owed = allocate({which: backward[which] for which in weights}, weights, b_owed=backward, w_slot=weights)
     for column, size in (("get_x", inputs), ("get_dy", grads)):
         columns[column][columns[column] < 0] = size  # the slot after the last is for what nobody needs
     return Plan(columns, inputs, saved, grads, owed)
@@ -144,21 +137,16 @@ def complete(kept: Iterable[Array], kinds: Sequence[Any], both: Any) -> list[Arr
 
 def differentiate(parts: Parts, w: Any, fixed: Any, x: Array, m: Array, c: Array) -> tuple[Any, Any, list[Array], Any]:
     """(y, cost), figures, and the function that takes gradients back as its leaves and its tree."""
-    out, pull, figures = jax.vjp(lambda w, x: parts.middle(join(w, fixed), x, m, c), w, x, has_aux=True)
+    out, pull, figures = jax.vjp(lambda w, x: parts.middle(w | fixed, x, m, c), w, x, has_aux=True)
     leaves, tree = jax.tree.flatten(pull)
     return out, figures, [jnp.asarray(leaf) for leaf in leaves], tree  # numbers known while tracing are leaves too
-
-
-def join(w: Any, fixed: Any) -> Any:
-    return w | fixed if fixed else w
 
 
 def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save: bool) -> tuple[Any, Any, Array, Any]:
     """One device's part of the gradients of all costs of all microbatches.
 
-    Args:
-        weights: of this stage, every leaf [chunks, …]; shared: of `first` and `last`.
-        save: F keeps what B needs; otherwise B computes its part again from the part's input.
+    Args: weights: of this stage, every leaf [chunks, …]; shared: of `first` and `last`; save: F keeps what B needs;
+        otherwise B computes its part again from the part's input.
     Returns: gradients of weights and of shared, in float32; the sum of the last parts' costs; the sums of the figures,
         [chunks, …].
     """
@@ -169,10 +157,9 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
     saved = [kind[0][0], *keep(pull.leaves, pull.leaves)] if save else []
     carry = {
         "x": ring(x, plan.inputs), "y": collectives.zeros(x), "dy": ring(x, plan.gradients), "dx": collectives.zeros(x),
-        "saved": [ring(one, plan.saved) for one in saved],
-        "owed": [ring(one, plan.owed) for one in keep(pull.owed, pull.owed)],
+        "saved": ring(saved, plan.saved), "owed": ring(keep(pull.owed, pull.owed), plan.owed),
         "weights": zeros_like(weights), "shared": zeros_like(shared), "loss": jnp.zeros((), jnp.float32),
-        "figures": jax.tree.map(lambda one: ring(one, schedule.chunks - 1), kind[1])}
+        "figures": ring(kind[1], schedule.chunks - 1)}
 
     def run_f(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
         m, c = row["f_m"], row["f_chunk"]
@@ -180,7 +167,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         def run(x: Array) -> Any:
             w, fixed = chunk((weights, parts.fixed), c)
             if not save:
-                return parts.middle(join(w, fixed), x, m, c)[0][0], None
+                return parts.middle(w | fixed, x, m, c)[0][0], None
             (y, _), figures, leaves, _ = differentiate(parts, w, fixed, x, m, c)
             return y, ([y, *keep(leaves, pull.leaves)], figures)
 
@@ -188,7 +175,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
         if not save:
             return {"x": xs, "y": y}
         slot = jnp.where(row["f_on"] > 0, row["f_save"], plan.saved)
-        return {"x": xs, "y": y, "saved": [write(*pair, slot) for pair in zip(carry["saved"], more[0], strict=True)],
+        return {"x": xs, "y": y, "saved": write(carry["saved"], more[0], slot),
                 "figures": add_chunk(carry["figures"], c, more[1])}
 
     def run_b(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
@@ -228,7 +215,7 @@ def gradients(schedule: Schedule, parts: Parts, weights: Any, shared: Any, save:
 
         (dx, owed), sums = only_if(row["b_on"] > 0, run, lambda sums, kind: (collectives.zeros(kind[0]), sums), sums)
         slot = jnp.where(row["b_on"] > 0, row["b_owed"], plan.owed)
-        return {"dx": dx, "owed": [write(*pair, slot) for pair in zip(carry["owed"], owed, strict=True)]} | sums
+        return {"dx": dx, "owed": write(carry["owed"], owed, slot)} | sums
 
     def run_w(carry: Any, row: dict[str, Array]) -> dict[str, Any]:
         slot, c = row["w_slot"], row["w_chunk"]
@@ -277,7 +264,7 @@ def forwards(schedule: Schedule, parts: Parts, weights: Any, shared: Any) -> tup
         m, c = row["f_m"], row["f_chunk"]
 
         def run(x: Array) -> Any:
-            (y, _), figures = parts.middle(join(*chunk((weights, parts.fixed), c)), x, m, c)
+            (y, _), figures = parts.middle(chunk(weights | parts.fixed, c), x, m, c)
             return y, figures
 
         xs, y, figures = forward(parts, shared, write(xs, y, row["get_x"]), row, x, run)
@@ -317,12 +304,8 @@ def kinds(parts: Parts, weights: Any, shared: Any) -> tuple[Any, Any]:
     """Types of an activation between parts, and of what `middle` returns: (y, cost), figures."""
     zero = pipeline_zero()
     x = jax.eval_shape(parts.first, shared, zero)
-
-    def middle(x: Array) -> Any:
-        return parts.middle(join(*chunk((weights, parts.fixed), zero)), x, zero, zero)
-
     for _ in range(2):  # x varies over as much as y does
-        found = jax.eval_shape(middle, x)
+        found = jax.eval_shape(lambda x: parts.middle(chunk(weights | parts.fixed, zero), x, zero, zero), x)
         x = found[0][0]
     return x, found
 
@@ -332,10 +315,10 @@ def pipeline_zero() -> Array:
     return collectives.vary(jnp.zeros((), jnp.int32), ("pipeline",))
 
 
-def ring(kind: jax.ShapeDtypeStruct, slots: int) -> Array:
-    """Zeros for so many of these, and one more for what nobody needs."""
-    zero = collectives.zeros(kind)
-    return collectives.match(jnp.zeros((slots + 1, *zero.shape), zero.dtype), zero)
+def ring(kinds: Any, slots: int) -> Any:
+    """Zeros for so many of each, and one more for what nobody needs."""
+    return jax.tree.map(lambda zero: collectives.match(jnp.zeros((slots + 1, *zero.shape), zero.dtype), zero),
+                        collectives.zeros(kinds))
 
 
 def read(buffer: Array, slot: Array | int) -> Array:
@@ -350,9 +333,11 @@ def read_after(buffer: Array, slot: Array, other: Array) -> Array:
     return read(buffer, last if collectives.varying(last) <= collectives.varying(buffer) else slot)
 
 
-def write(buffer: Array, x: Array, slot: Array) -> Array:
-    buffer, x, slot = collectives.match((buffer, x, slot), buffer, x, slot)
-    return lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
+def write(buffers: Any, values: Any, slot: Array) -> Any:
+    def one(buffer: Array, x: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(*collectives.match((buffer, x, slot), buffer, x, slot), 0)
+
+    return jax.tree.map(one, buffers, values)
 
 
 def chunk(weights: Any, c: Array | int) -> Any:

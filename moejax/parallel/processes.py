@@ -1,8 +1,4 @@
-"""Many processes as one run: how a process finds the others, and how they wait for one another.
-
-Each process of a group has some of the devices of the mesh and runs the same program.  `detect` says from the
-environment whether there is a group, `start` joins it.
-"""
+"""Many processes as one run, each with some devices of the mesh: how they find one another, and how they wait."""
 
 import itertools
 import socket
@@ -88,10 +84,8 @@ def from_ours(given: Mapping[str, str]) -> Group | None:
 def start(group: Group, heartbeat: int = 100, patience: int = 300) -> None:
     """Join the group.  Call before anything uses a device; does nothing if this process has joined already.
 
-    Args:
-        heartbeat: seconds without a sign of life after which a process counts as dead, and the others end; also how
-            long one that ends waits for the others to end.
-        patience: seconds to wait for all processes to come.
+    Args: heartbeat: seconds without a sign of life after which a process counts as dead, and the others end; also how
+        long one that ends waits for the others to end; patience: seconds to wait for all processes to come.
     Raises Unreachable: process 0 does not answer, or its port is taken, or JAX does not find the group.
     """
     if jax.distributed.is_initialized():

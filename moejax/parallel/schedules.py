@@ -9,7 +9,7 @@ chunks, chunk c of stage s is part c × stages + s of the model.
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, product
@@ -45,8 +45,7 @@ class Schedule:
     @cached_property
     def at(self) -> dict[tuple[str, int, int], int]:
         """(kind, microbatch, part of the model) -> tick, of the first time it is done."""
-        return {(op.kind, op.microbatch, op.chunk * self.stages + stage): tick
-                for tick, stage, op in reversed(self.ops())}
+        return {(op.kind, op.microbatch, op.chunk * self.stages + s): tick for tick, s, op in reversed(self.ops())}
 
     @property
     def split(self) -> bool:
@@ -54,8 +53,8 @@ class Schedule:
         return any(op.kind == "W" for _, _, op in self.ops())
 
     def ops(self) -> list[tuple[int, int, Op]]:
-        return [(tick, stage, op) for tick, row in enumerate(self.ticks)
-                for stage, cell in enumerate(row) for op in cell]
+        """(tick, stage, op) of all."""
+        return [(tick, s, op) for tick, row in enumerate(self.ticks) for s, cell in enumerate(row) for op in cell]
 
     def check(self) -> list[str]:
         """Everything that makes the table incomplete or impossible, each with its tick and stage."""
@@ -76,8 +75,7 @@ class Schedule:
             for kind, other, wait in self.needs(op, part, last):
                 ready = self.at.get((kind, op.microbatch, other))
                 if ready is None:
-                    problems.append(f"{where} waits for ever for {kind}{op.microbatch} of part {other}, which is never "
-                                    "done")
+                    problems.append(f"{where} waits for ever for {kind}{op.microbatch} of part {other}: nobody does it")
                 elif ready + wait > tick:
                     arrives = f"arrives for tick {ready + wait}" if wait else f"is done in tick {ready}"
                     problems.append(f"{where} uses {kind}{op.microbatch} of part {other} (stage {other % self.stages}) "
@@ -106,22 +104,17 @@ class Schedule:
         return sum(costs[op.kind] + both * (op.kind == "B") for op in cell)
 
     def bubble(self, costs: dict[str, float] | None = None) -> float:
-        """Idle share of the stages' time, counted from the table.  Costs are of one F, B (gradient of the input) and W
-        (gradient of the weights), all 1 by default.
-        """
+        """Idle share of the stages' time, counted from the table.  Costs are of one F, B and W, by default all 1."""
         busy = sum(self.work(cell, costs) for row in self.ticks for cell in row)
         return 1 - busy / (self.stages * sum(self.lengths(costs)))
 
     def peak_inflight(self) -> list[int]:
         """Of every stage, the most (microbatch, chunk) that it holds at once: from F until the last use."""
-        counts = []
-        for stage in range(self.stages):
-            begins, ends = ([tick for (kind, _, part), tick in self.at.items()
-                             if kind == which and part % self.stages == stage]
-                            for which in ("F", "W" if self.split else "B"))
-            counts.append(max(sum(b <= tick for b in begins) - sum(e < tick for e in ends)
-                              for tick in range(len(self.ticks))))
-        return counts
+        spans: list[list[tuple[int, int]]] = [[] for _ in range(self.stages)]
+        for kind, m, part in self.at:
+            if kind == "F":
+                spans[part % self.stages].append((self.at["F", m, part], self.at["W" if self.split else "B", m, part]))
+        return [max(sum(begin <= tick <= end for begin, end in mine) for tick, _ in mine) for mine in spans]
 
     def show(self, width: int = 160) -> str:
         """The table as text: a line per stage, a column per tick; the middle is left out beyond `width` characters."""
@@ -138,64 +131,50 @@ class Schedule:
     def svg(self, costs: dict[str, float] | None = None) -> str:
         """The table as a Gantt picture: time runs to the right, a row per stage."""
         *begins, total = accumulate(self.lengths(costs), initial=0.0)
-        scale, height, left = min(24.0, 1600 / max(total, 1)), 22, 58
-        parts = []
-        for stage in range(self.stages):
-            y = stage * (height + 4)
-            parts.append(f'<text x="0" y="{y + 15}" class="stage">stage {stage}</text>')
-            for tick, row in enumerate(self.ticks):
-                x = left + begins[tick] * scale
-                for op in row[stage]:
-                    wide = self.work([op], costs) * scale
-                    parts.append(
-                        f'<rect x="{x:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="{height}" rx="2" '
-                        f'fill="{COLOURS[op.kind]}" fill-opacity="{1 - 0.45 * op.chunk / max(self.chunks, 1):.2f}">'
-                        f'<title>tick {tick}, stage {stage}: {op}</title></rect>')
-                    if wide >= 14:
-                        parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="op">{op.microbatch}</text>')
-                    x += wide
+        scale, height, left = min(24.0, 1600 / max(total, 1)), 26, 58
+        parts = [f'<text x="0" y="{stage * height + 15}" class="stage">stage {stage}</text>'
+                 for stage in range(self.stages)]
+        for tick, stage, op in self.ops():
+            cell = self.ticks[tick][stage]
+            x, y = left + (begins[tick] + self.work(cell[:cell.index(op)], costs)) * scale, stage * height
+            wide = self.work([op], costs) * scale
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="{height - 4}" rx="2" '
+                f'fill="{COLOURS[op.kind]}" fill-opacity="{1 - 0.45 * op.chunk / max(self.chunks, 1):.2f}">'
+                f'<title>tick {tick}, stage {stage}: {op}</title></rect>')
+            if wide >= 14:
+                parts.append(f'<text x="{x + wide / 2:.1f}" y="{y + 15}" class="op">{op.microbatch}</text>')
         wide = left + total * scale
-        return (f'<svg viewBox="0 0 {wide:.0f} {self.stages * (height + 4)}" xmlns="http://www.w3.org/2000/svg" '
+        return (f'<svg viewBox="0 0 {wide:.0f} {self.stages * height}" xmlns="http://www.w3.org/2000/svg" '
                 f'style="max-width:{wide:.0f}px;width:100%;font:11px sans-serif"><style>'
                 f'.stage{{fill:currentColor}}.op{{fill:#fff;text-anchor:middle}}</style>{"".join(parts)}</svg>')
 
 
-def cell(ops: Iterable[Op]) -> tuple[Op, ...]:
-    return tuple(sorted(ops, key=lambda op: "FBW".index(op.kind)))
-
-
-def table(stages: int, ops: dict[tuple[int, int], list[Op]]) -> Ticks:
-    """(tick, stage) -> ops, as a table; within a cell F, B, W."""
-    count = max(tick for tick, _ in ops) + 1
-    return tuple(tuple(cell(ops.get((tick, stage), ())) for stage in range(stages)) for tick in range(count))
+def table(stages: int, microbatches: int, chunks: int, wait: int | None) -> Ticks:
+    """Each F a tick after that of the part before, in groups of `stages` microbatches, chunk after chunk; each B a tick
+    after that of the part behind, `wait` ticks later than could be (None: there are no B).
+    """
+    ops, parts = defaultdict(tuple), stages * chunks
+    for kind, m, part in product("F" if wait is None else "FB", range(microbatches), range(parts)):
+        first = m // stages * parts + m % stages
+        tick = first + part if kind == "F" else first + 2 * (parts - 1) - part + wait
+        ops[tick, part % stages] += (Op(kind, m, part // stages),)
+    return tuple(tuple(ops[tick, s] for s in range(stages)) for tick in range(max(ops)[0] + 1))
 
 
 def gpipe(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     """All forwards, then all backwards (arXiv 1811.06965)."""
-    ops = {(tick, s): [Op(kind, m)] for m in range(microbatches) for s in range(stages)
-           for kind, tick in (("F", m + s), ("B", microbatches + m + 2 * (stages - 1) - s))}
-    return Schedule("gpipe", stages, microbatches, 1, table(stages, ops))
+    return Schedule("gpipe", stages, microbatches, 1, table(stages, microbatches, 1, microbatches))
 
 
 def interleaved(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
-    """Every stage holds several chunks, and a microbatch passes all stages once for each (arXiv 2104.04473).
-
-    Units are numbered: F number u of stage s comes in tick u + s, B number u as early as its first one can, both in
-    groups of `stages` microbatches, chunk after chunk.
-    """
-    ops, parts = defaultdict(list), stages * chunks
-    for unit in range(microbatches * chunks):
-        group, rest = divmod(unit, parts)
-        chunk, m = rest // stages, group * stages + rest % stages
-        for s in range(stages):
-            ops[unit + s, s].append(Op("F", m, chunk))
-            ops[unit + parts - 1 + stages - 1 - s, s].append(Op("B", m, chunks - 1 - chunk))
-    return Schedule("interleaved", stages, microbatches, chunks, table(stages, ops))
+    """Every stage holds several chunks, and a microbatch passes all stages once for each (arXiv 2104.04473)."""
+    return Schedule("interleaved", stages, microbatches, chunks, table(stages, microbatches, chunks, 0))
 
 
 def one_f_one_b(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     """One backward for each forward (PipeDream-flush, arXiv 2006.09503): memory is flat in microbatches."""
-    return Schedule("1f1b", stages, microbatches, 1, interleaved(stages, microbatches).ticks)
+    return Schedule("1f1b", stages, microbatches, 1, table(stages, microbatches, 1, 0))
 
 
 def zero_bubble(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
@@ -205,7 +184,6 @@ def zero_bubble(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     one.  After the last forward every tick of a backward is followed by one of weight gradients alone.
     """
     plain = one_f_one_b(stages, microbatches).ticks
-    last_forward = max(tick for tick, row in enumerate(plain) for cell in row if any(op.kind == "F" for op in cell))
     waiting: list[list[int]] = [[] for _ in range(stages)]
     rows: list[tuple[tuple[Op, ...], ...]] = []
 
@@ -223,7 +201,7 @@ def zero_bubble(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
         more = all((owed or any(op.kind == "B" for op in cell)) and len(cell) == busiest
                    for owed, cell in zip(waiting, row, strict=True))
         add(row, busiest + more)
-        if tick > last_forward and any(waiting):
+        if tick > stages + microbatches - 2 and any(waiting):  # after the last F
             add([()] * stages, 1)
     while any(waiting):
         add([()] * stages, 1)
@@ -236,9 +214,7 @@ SCHEDULES: dict[str, Callable[[int, int, int], Schedule]] = {
 
 def forwards(stages: int, microbatches: int, chunks: int = 1) -> Schedule:
     """Only the forwards, as in evaluation."""
-    ops = {(m // stages * stages * chunks + m % stages + part, part % stages): [Op("F", m, part // stages)]
-           for m in range(microbatches) for part in range(stages * chunks)}
-    return Schedule("forwards", stages, microbatches, chunks, table(stages, ops))
+    return Schedule("forwards", stages, microbatches, chunks, table(stages, microbatches, chunks, None))
 
 
 def without_idle(schedule: Schedule) -> Schedule:
@@ -274,8 +250,8 @@ def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedul
                 for word in text.split() if not OP.fullmatch(word)]
     if problems or not lines:
         raise ConfigError(problems or [f"{path} holds no tick"])
-    rows = tuple(tuple(cell(Op(kind, int(microbatch), int(chunk or 0)) for kind, microbatch, chunk in OP.findall(text))
-                       for text in line) for line in lines)
+    rows = tuple(tuple(tuple(sorted((Op(kind, int(m), int(chunk or 0)) for kind, m, chunk in OP.findall(text)),
+                                    key=lambda op: "FBW".index(op.kind))) for text in line) for line in lines)
     return Schedule(path.name, stages, microbatches, chunks, rows)
 
 

@@ -1,7 +1,5 @@
-"""A traced function cut in two: what some of its results need now, and the rest for later.
-
-Used to take the gradients of a part's weights apart from that of its input.  A scan (over layers) is cut inside: what
-its carry needs runs now and stacks what the rest will use.
+"""A traced function cut in two: what some results (the gradient of an input) need now, and the rest (gradients of
+weights) for later.  A scan (over layers) is cut inside: its carry runs now and stacks what the rest will use.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +20,8 @@ class Step(NamedTuple):
 
 
 class Split:
-    """now(inputs) -> (the wanted results, kept values); later(kept) -> the other results.  `kept_inputs` gives for each
-    kept value the number of the input that it is, or None.
+    """now(inputs) -> (wanted results, kept values); later(kept) -> the other results.  `kept_inputs` numbers the inputs
+    among the kept values, with None for others.
     """
 
     def __init__(self, function: core.ClosedJaxpr, wanted: Sequence[bool]):
@@ -34,19 +32,18 @@ class Split:
         self.kept_inputs = [self.inputs.index(key) if key in self.inputs else None for key in self.kept]
 
     def now(self, *inputs: Array) -> tuple[list[Array], list[Array]]:
-        values = follow(self.early, self.consts | dict(zip(self.inputs, inputs, strict=True)))
-        return [value_of(out, values) for out in self.first], [values[key] for key in self.kept]
+        values = self.consts | dict(zip(self.inputs, inputs, strict=True))
+        found = follow(self.early, values, [*self.first, *self.kept])
+        return found[:len(self.first)], found[len(self.first):]
 
     def later(self, kept: Sequence[Array]) -> list[Array]:
-        values = follow(self.late, dict(zip(self.kept, kept, strict=True)))
-        return [value_of(out, values) for out in self.rest]
+        return follow(self.late, dict(zip(self.kept, kept, strict=True)), self.rest)
 
 
 def cut(jaxpr: core.Jaxpr, first: Sequence[Key], rest: Sequence[Key]) -> tuple[list[Step], list[Step], list[Key]]:
     """Steps that `first` needs, steps that only `rest` needs, and the values that the latter use of the former."""
     needed, used = set(variables(first)), set(variables(rest))
-    early: list[Step] = []
-    late: list[Step] = []
+    early, late = [], []
     for eqn in reversed(jaxpr.eqns):
         now = [out in needed for out in eqn.outvars]
         if not any(now):
@@ -104,23 +101,22 @@ def cut_scan(eqn: core.JaxprEqn, now: Sequence[bool]) -> tuple[Step, Step]:
     consts = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
 
     def run_now(*values: Array) -> list[Array]:
-        given = dict(zip(inputs, values, strict=True))
-        given = [value_of(key, given) for key in eqn.invars]
+        given = follow([], dict(zip(inputs, values, strict=True)), eqn.invars)
 
         def one(carry: Any, slice_: Any) -> Any:
-            values = follow(early, consts | dict(zip(inner, [*given[:fixed], *carry, *slice_], strict=True)))
-            found = [value_of(out, values) for out in first]
-            return found[:carries], (found[carries:], [values[key] for key in new])
+            values = consts | dict(zip(inner, [*given[:fixed], *carry, *slice_], strict=True))
+            found = follow(early, values, [*first, *new])
+            return found[:carries], found[carries:]
 
-        carry, (ys, more) = lax.scan(one, given[fixed:fixed + carries], given[fixed + carries:], length, reverse)
-        return [*carry, *ys, *more]
+        carry, ys = lax.scan(one, given[fixed:fixed + carries], given[fixed + carries:], length, reverse)
+        return [*carry, *ys]
 
     def run_later(*values: Array) -> list[Array]:
         fixed_values, slices = values[:len(stay)], list(values[len(stay):])
 
         def one(carry: None, slice_: Any) -> Any:
-            values = follow(late, consts | dict(zip([*stay, *sliced, *new], [*fixed_values, *slice_], strict=True)))
-            return None, [value_of(out, values) for out in rest]
+            values = consts | dict(zip([*stay, *sliced, *new], [*fixed_values, *slice_], strict=True))
+            return None, follow(late, values, rest)
 
         return lax.scan(one, None, slices, length, reverse)[1]
 
@@ -129,11 +125,7 @@ def cut_scan(eqn: core.JaxprEqn, now: Sequence[bool]) -> tuple[Step, Step]:
             Step([*(outer[key] for key in [*stay, *sliced]), *stacks], others, run_later))
 
 
-def follow(steps: Sequence[Step], values: dict[Key, Array]) -> dict[Key, Array]:
+def follow(steps: Sequence[Step], values: dict[Key, Array], wanted: Sequence[Key]) -> list[Array]:
     for one in steps:
-        values.update(zip(one.outputs, one.run(*(value_of(key, values) for key in one.inputs)), strict=True))
-    return values
-
-
-def value_of(key: Key, values: dict[Key, Array]) -> Any:
-    return jnp.asarray(key.val) if isinstance(key, core.Literal) else values[key]
+        values.update(zip(one.outputs, one.run(*(values[key] for key in one.inputs)), strict=True))
+    return [jnp.asarray(key.val) if isinstance(key, core.Literal) else values[key] for key in wanted]

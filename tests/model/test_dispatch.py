@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import config as configs
 from moejax.model import dispatch, router
 from moejax.model.dispatch import DISPATCHERS, Experts
-from moejax.model.layers import swiglu
+from moejax.model.layers import ACTIVATIONS
 from moejax.parallel import collectives
 from moejax.parallel.mesh import make_mesh
 
@@ -87,7 +87,7 @@ def compiled(name: str, seats: int, mesh: configs.Mesh = ONE, blocks: tuple[int,
         def device(x, up, down, weight, biases, expert, slot, kept):
             shares = (biases[0], collectives.once(biases[1])) if biases else None
             parts = DISPATCHERS[name](collectives.enter(x, False), router.Routing(expert, weight, slot, kept), seats,
-                                      Experts(up, down, swiglu, shares))
+                                      Experts(up, down, ACTIVATIONS["swiglu"], shares))
             return collectives.leave(parts, False)
 
         def many(x, up, down, weight, *biases):

@@ -100,7 +100,7 @@ def test_equal_models_have_equal_activations():
     model = configs.Model(activation="clamped_swiglu")
     assert layers.activation(model) is layers.activation(configs.Model(activation="clamped_swiglu"))
     assert layers.activation(model).keywords == {"slope": 1.702, "limit": 7.0}
-    assert layers.activation(configs.Model()) is layers.swiglu
+    assert layers.activation(configs.Model()) is layers.ACTIVATIONS["swiglu"]
 
 
 def test_every_activation_of_the_config_exists():

@@ -250,7 +250,7 @@ def test_sparsemixer_has_no_gradient_through_its_masks():
         want[at] = np.sum(upstream * (np.array(mixed(CLOSE + move)) - mixed(CLOSE - move))) / 2 / step
 
     def cost(logits):
-        return jnp.sum(router.sparsemixer(logits, jnp.zeros(4), MIXER, 4)[1] * jnp.asarray(upstream[None], jnp.float32))
+        return jnp.sum(router.sparsemixer(logits, jnp.zeros(4), MIXER)[1] * jnp.asarray(upstream[None], jnp.float32))
 
     got = jax.grad(cost)(jnp.asarray(CLOSE[None], jnp.float32))[0]
     np.testing.assert_allclose(got, want, atol=1e-6)
