@@ -28,7 +28,6 @@ VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others: some of Pillow's run programs
 FILMS = {"format_whitelist": "mov,matroska,avi"}  # no others: playlists name further files
 PIXELS = 2**26  # of one picture or frame; more is taken for an attack
-BYTES = 2**30  # of one file that is read as a whole
 SKIP = 10.0  # seconds of a video from which on to jump is quicker than to decode
 WORKERS = 4  # processes at most
 DIED = (OSError, EOFError, pickle.UnpicklingError)  # what one that has died makes of an exchange
@@ -52,15 +51,12 @@ def decode(ref: Ref, size: int, fit: str, frames: int, rate: float) -> Pixels | 
             return "there is no such file"
         with open(ref.path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about files that it can read nevertheless
-            if ref.video and ref.size < 0:
-                return film(file, size, fit, frames, rate)
-            file.seek(ref.offset)
-            data = file.read(min(ref.size, BYTES + 1) if ref.size >= 0 else BYTES + 1)
-            if len(data) > BYTES:
-                return f"it has more than {BYTES} bytes"
-            if len(data) < ref.size:
-                return "the .tar ends in the middle of it"
-            source = io.BytesIO(data)
+            source = file
+            if ref.size >= 0:
+                file.seek(ref.offset)
+                source = io.BytesIO(file.read(ref.size))
+                if len(source.getbuffer()) < ref.size:
+                    return "the .tar ends in the middle of it"
             return film(source, size, fit, frames, rate) if ref.video else picture(source, size, fit)[None]
     except UnidentifiedImageError:
         return f"it is not a picture ({', '.join(FORMATS)})"
@@ -196,29 +192,24 @@ class Decoders:
 
     def run(self, job: tuple) -> Pixels | str:
         for _ in range(2):
-            worker = getattr(self.own, "worker", None) or self.start()
-            if worker is None:
+            worker = getattr(self.own, "worker", None)
+            try:
+                worker = self.own.worker = worker or self.start()
+            except OSError:  # there can be none
                 with self.lock:
                     return decode(*job)
-            self.own.worker = worker
             try:
                 return exchange(worker, job)
             except DIED:
                 self.own.worker = self.end(worker)
         return "the process that decodes it has died of it twice"
 
-    def start(self) -> subprocess.Popen | None:
-        """A process that is ready; None if there can be none."""
+    def start(self) -> subprocess.Popen:
         code = f"import sys; sys.path[:] = {sys.path!r}; from moejax.data.images import serve; serve()"
-        worker = None
-        try:
-            # in a group of its own: Ctrl-C in the terminal is for the training process
-            worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      process_group=0)
-            self.running.add(worker)
-            pickle.load(worker.stdout)
-        except DIED:
-            return worker and self.end(worker)
+        # in a group of its own: Ctrl-C in the terminal is for the training process
+        worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  process_group=0)
+        self.running.add(worker)
         return worker
 
     def end(self, worker: subprocess.Popen) -> None:
@@ -243,10 +234,8 @@ def serve() -> None:
     """What a process of `Decoders` does, until its input ends."""
     with os.fdopen(os.dup(1), "wb") as answers, open(0, "rb", closefd=False) as jobs:
         os.dup2(2, 1)  # nothing else may write between the answers
-        answer = "ready"
         with contextlib.suppress(EOFError, BrokenPipeError):
             while True:
-                pickle.dump(answer, answers)
+                pickle.dump(decode(*pickle.load(jobs)), answers)
                 answers.flush()
-                answer = decode(*pickle.load(jobs))
         os._exit(0)

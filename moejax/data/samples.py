@@ -11,10 +11,10 @@ from concurrent.futures import Future
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Integer, UInt64
 
-from moejax.config import Config, ConfigError
+from moejax.config import Config
 from moejax.data.batch import Batch, Images
 from moejax.data.images import Decoders, Pixels, Ref
-from moejax.data.loader import PARTS, Corpus, too_short
+from moejax.data.loader import PARTS, Corpus
 
 AHEAD = 3  # batches whose images may be waiting
 Rows = Int64[np.ndarray, " B"]
@@ -24,15 +24,13 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio, the step 
 class Samples:
     """Windows of `sequence` tokens at stride `sequence`, in a new seeded order every epoch.
 
-    Sample i is window number `order[i % n]` of epoch i // n, of n windows.  Tokens past the last whole
-    window are not used.  Raises ConfigError if the text is not longer than `sequence`.
+    Sample i is window number `order[i % n]` of epoch i // n, of n windows.  Tokens past the last whole window are not
+    used.
     """
 
     missing = 0  # images of the last batch that could not be used
 
     def __init__(self, tokens: Integer[np.ndarray, " N"], sequence: int, seed: int):
-        if problems := too_short("the whole text", tokens, sequence):
-            raise ConfigError(problems)
         self.tokens, self.sequence, self.seed = tokens, sequence, seed
 
     def __len__(self) -> int:

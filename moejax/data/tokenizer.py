@@ -72,8 +72,8 @@ class FileTokenizer:
                                f"pip install 'moejax[hf]', or set data.tokenizer=bytes (it is {path})"]) from None
         problems: list[str] = []
         self.folder = path.parent
-        self.settings, older, generation = (read_object(self.folder / name, problems)
-                                            for name in (SETTINGS, SPECIAL, GENERATION))
+        files = [self.folder / name for name in (SETTINGS, SPECIAL, GENERATION)]
+        self.settings, older, generation = (read_object(file, problems) for file in files)
         # as transformers 5: where tokenizer_config.json lists the added tokens, it alone counts
         said = self.settings if "added_tokens_decoder" in self.settings else self.settings | older
         self.special = {name: text for name, token in said.items()
@@ -87,11 +87,10 @@ class FileTokenizer:
             raise ConfigError(problems) from None
         self.library.no_truncation()
         self.library.no_padding()
-        more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
-        more = [text for text in map(token_text, more) if text] if isinstance(more, list) else []
+        more = said.get("extra_special_tokens") or said.get("additional_special_tokens")
+        named = [*self.special.values(), *(filter(None, map(token_text, more)) if isinstance(more, list) else ())]
         # none beyond the vocabulary, for which the model has no embedding
-        self.library.add_special_tokens([text for text in [*self.special.values(), *more]
-                                         if self.library.token_to_id(text) is not None])
+        self.library.add_special_tokens([text for text in named if self.library.token_to_id(text) is not None])
         self.size = 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
         self.image: int | None = self.library.token_to_id(IMAGE)
         self.dtype = np.dtype(np.uint16 if self.size <= 2**16 else np.uint32)
@@ -109,8 +108,8 @@ class FileTokenizer:
             raise ConfigError(problems)
         self.ends = tuple(dict.fromkeys([*([] if eot is None else [eot]), *ids]))
         self.eot: int | None = next(iter(self.ends), None)
-        decided = hashlib.blake2b(data, digest_size=16).hexdigest()
-        self.identity = f"{TOKENIZER_FILE} {decided} {sorted({*self.special.values(), *more})} {self.eot}"
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        self.identity = f"{TOKENIZER_FILE} {digest} {sorted(set(named))} {self.eot}"
 
     def encode(self, text: str) -> UInt[np.ndarray, " T"]:
         """The ids of `text` alone.  What UTF-8 cannot hold (half a surrogate pair) becomes `?`."""
@@ -130,8 +129,7 @@ class FileTokenizer:
 
         Raises ConfigError: the folder has no chat template, or it is wrong or refuses the messages.
         """
-        where, template = chat.find_template(self.folder, self.settings)
-        return self.encode(chat.render(where, template, messages, add_generation_prompt, self.special))
+        return self.encode(chat.render(self.folder, self.settings, messages, add_generation_prompt, self.special))
 
     def decode(self, ids: Iterable) -> str:
         """The text of a sequence of ids.  Special tokens, ends and ids from `size` up have no text."""

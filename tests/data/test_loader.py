@@ -252,12 +252,9 @@ def test_a_sequence_as_long_as_the_text_is_refused_for_both_parts_at_once(tmp_pa
     assert parts == {4, 6}
     train, validation = problems_of(data(tmp_path, text, validation=1e-9, sequence=6))
     sizes = (4, 6) if train.startswith(longer + "4") else (6, 4)
-    assert train == f"{longer}{sizes[0]} tokens (train); set data.sequence={sizes[0] - 1} or lower, " \
-                    "or add text to data.sources"
-    assert validation == f"{longer}{sizes[1]} tokens (validation); set data.sequence={sizes[1] - 1} or lower, " \
-                         "or add text to data.sources, or raise data.validation"
-    with pytest.raises(ConfigError, match=r"got 4 and 4 tokens \(the whole text\); set data.sequence=3 or lower"):
-        Samples(np.arange(4), 4, seed=0)
+    for size, part, problem in zip(sizes, loader.PARTS, (train, validation), strict=True):
+        assert problem == (f"{longer}{size} tokens ({part}); set data.sequence={size - 1} or lower, or add text to "
+                           "data.sources")
     assert len(Samples(np.arange(5), 4, seed=0)) == 1
 
 

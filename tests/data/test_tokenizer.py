@@ -203,12 +203,11 @@ def test_no_template(tmp_path):
     folder = folder_of(tmp_path)
     rule, repair = "a chat needs a template, or one named default; ", (
         f"; put the model's own into {folder}/chat_template.jinja, or prompt without a chat")
-    for found, said in [
-            (None, f"{folder} has no chat_template.jinja, and no chat_template in a tokenizer_config.json"),
-            ([{"name": "rag", "template": "x"}], f"{folder}/tokenizer_config.json has templates named rag"),
-            (7, f"{folder}/tokenizer_config.json has one of type int")]:
+    for found in (None, [{"name": "rag", "template": "x"}], 7):
         folder_of(folder, settings={"chat_template": found})
-        assert problems_of(open_tokenizer(str(folder)).chat, USER) == [rule + said + repair]
+        assert problems_of(open_tokenizer(str(folder)).chat, USER) == [
+            f"{rule}{folder} has no chat_template.jinja, and in tokenizer_config.json the chat_template {found!r}"
+            + repair]
     assert problems_of(tokenizer.chat, USER) == [
         "a chat needs a template; data.tokenizer=bytes has none; prompt without a chat, or set data.tokenizer to a "
         "folder with tokenizer.json and chat_template.jinja"]
@@ -218,24 +217,31 @@ def test_no_template(tmp_path):
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError: access to attribute '__class__'"),
     ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append'"),
     ("{{ raise_exception.__globals__.json }}", "SecurityError: access to attribute '__globals__'"),
-    ("{% set ns = namespace() %}{% set ns.__html__ = 1 %}", "SecurityError: a namespace holds no name that starts"),
-    ("{% set ns = namespace(_a=1) %}", "SecurityError: a namespace holds no name that starts with _; got '_a'"),
     ("{{ range(10**9) | length }}", "OverflowError: Range too big."),
     ("{% include '/etc/passwd' %}", "TypeError: no loader for this environment specified"),
     ("{{ raise_exception('only one message') }}", "TemplateError: only one message"),
     ("{{ nothing.at.all }}", "UndefinedError: 'nothing' is undefined")])
 def test_a_template_that_fails_or_leaves_the_sandbox(tmp_path, template, said):
     (problem,) = problems_of(open_tokenizer(str(folder_of(tmp_path, template))).chat, USER)
-    assert problem.startswith(f"a chat template must take the messages; that of {tmp_path}/chat_template.jinja does "
-                              f"not ({said}") and problem.endswith("); change the messages or the template")
+    assert problem.startswith(f"a chat template must be one of Jinja that takes the messages; that of "
+                              f"{tmp_path}/chat_template.jinja fails ({said}")
+    assert problem.endswith("); change the messages, or repair it")
+
+
+@pytest.mark.parametrize("template", [
+    "{% set ns = namespace() %}{% set ns.__html__ = raise_exception %}{{ ns.a }}{{ ns | e }}",
+    "{{ namespace(__html__=raise_exception, a=1) | e }}"])
+def test_python_calls_nothing_that_a_template_put_into_a_namespace(tmp_path, template):
+    tokenizer = open_tokenizer(str(folder_of(tmp_path, template)))
+    assert tokenizer.decode(tokenizer.chat(USER)).startswith("&lt;Namespace {&#39;__html__&#39;: ")
 
 
 def test_a_template_that_is_none(tmp_path):
-    (problem,) = problems_of(open_tokenizer(str(folder_of(tmp_path, "{% for %}"))).chat, USER)
-    assert problem.startswith(f"a chat template must be one of Jinja; that of {tmp_path}/chat_template.jinja is not (")
+    tokenizer = open_tokenizer(str(folder_of(tmp_path, "{% for %}")))
+    assert f"that of {tmp_path}/chat_template.jinja fails (TemplateSyntaxError: " in problems_of(
+        tokenizer.chat, USER)[0]
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    (problem,) = problems_of(open_tokenizer(str(tmp_path)).chat, USER)
-    assert problem.startswith(f"a chat template must be a readable UTF-8 text; {tmp_path}/chat_template.jinja is not (")
+    assert "(UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff" in problems_of(tokenizer.chat, USER)[0]
 
 
 def test_names_that_are_no_tokenizer(tmp_path, monkeypatch):
