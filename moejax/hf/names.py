@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from moejax.config import CROSSED, Model
 from moejax.hf import reading
-from moejax.hf.reading import ACTIVATIONS, ENCODER_ACTIVATIONS, Reader
+from moejax.hf.reading import ACTIVATIONS, ENCODER_ACTIVATIONS, ROPE_KEYS, Reader
 from moejax.model.rotary import yarn_factor
 
 
@@ -149,7 +149,7 @@ def model_of(family: Family, read: Reader) -> Model:
         layers=read.require("num_hidden_layers"), pattern="D", d_model=width, heads=heads,
         kv_heads=read("num_key_value_heads", heads), head_dim=read("head_dim", width // heads),
         hidden=read.require("intermediate_size"), activation=ACTIVATIONS.get(act, "swiglu"),
-        norm_eps=float(read("rms_norm_eps", 1e-6)), rope_theta=theta, rope_scaling=scaling,
+        norm_eps=read("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
         vocab=read.require("vocab_size"), tied=read("tie_word_embeddings", False)) | family.read(read))
 
 
@@ -182,8 +182,8 @@ FAMILIES = {
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (
         *OUTSIDE, *LATENT, *DENSE, *QWEN_EXPERTS, *mlp(MLP + "shared_experts.", "feed.shared."),
         Entry(MLP + "gate.e_score_correction_bias", "feed.bias", "choice")), reading.deepseek_v3),
-    "clip_vision_model": Family("CLIPVisionModel", seeing("vision_model."), reading.clip, reading.CLIP),
-    "siglip_vision_model": Family("SiglipVisionModel", seeing("vision_model."), reading.siglip, reading.SIGLIP),
+    "clip_vision_model": Family("CLIPVisionModel", seeing("vision_model."), reading.clip),
+    "siglip_vision_model": Family("SiglipVisionModel", seeing("vision_model."), reading.siglip),
     "idefics": Family("IdeficsForVisionText2Text", IDEFICS, reading.idefics, {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32}),
@@ -253,10 +253,8 @@ def sight(model: Model, family: Family) -> dict[str, Any]:
 
 def rope_parameters(model: Model) -> dict[str, Any]:
     kind, numbers = model.rope()
-    names = {"low": "low_freq_factor", "high": "high_freq_factor", "original": "original_max_position_embeddings",
-             "fast": "beta_fast", "slow": "beta_slow", "attention": "attention_factor"}
-    found = {names.get(name, name): number for name, number in numbers.items()}
-    found |= {key: kind(found[key]) for key, kind in (("truncate", bool), (names["original"], int)) if key in found}
+    found = {ROPE_KEYS[name]: number for name, number in numbers.items()}
+    found |= {key: kind(found[key]) for key, kind in (("truncate", bool), (ROPE_KEYS["original"], int)) if key in found}
     return {"rope_type": kind or "default", "rope_theta": model.rope_theta} | found
 
 
