@@ -70,10 +70,15 @@ class FileTokenizer:
         except ImportError:
             raise ConfigError([f"a {TOKENIZER_FILE} needs the optional package tokenizers, which is not installed; "
                                f"pip install 'moejax[hf]', or set data.tokenizer=bytes (it is {path})"]) from None
-        problems: list[str] = []
+        problems, read = [], []
         self.folder = path.parent
-        files = [self.folder / name for name in (SETTINGS, SPECIAL, GENERATION)]
-        self.settings, older, generation = (read_object(file, problems) for file in files)
+        for file in (self.folder / name for name in (SETTINGS, SPECIAL, GENERATION)):
+            try:
+                read.append(read_json(file) if file.is_file() else {})
+            except ConfigError as error:
+                problems += error.problems
+                read.append({})
+        self.settings, older, generation = read
         # as transformers 5: where tokenizer_config.json lists the added tokens, it alone counts
         said = self.settings if "added_tokens_decoder" in self.settings else self.settings | older
         self.special = {name: text for name, token in said.items()
@@ -172,17 +177,15 @@ def tokenizer_files(name: str) -> dict[str, str]:
     return {file: found.read_text("utf-8") for file, found in files.items() if found.is_file()}
 
 
-def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object of a file, empty if there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConfigError."""
     try:
-        found = json.loads(path.read_bytes().decode()) if path.is_file() else {}
-        if isinstance(found, dict):
-            return found
-        what = f"is of type {type(found).__name__}"
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        what = f"is none ({error})"
-    problems.append(f"a tokenizer's {path.name} must be a JSON object; {path} {what}; repair it, or take it away")
-    return {}
+        raise ConfigError([f"{path} must be a JSON object; it cannot be read ({error})"]) from None
+    if not isinstance(found, dict):
+        raise ConfigError([f"{path} must be a JSON object; it is a {type(found).__name__}"])
+    return found
 
 
 def token_text(token: Any) -> str | None:

@@ -23,7 +23,9 @@ from jax import Array
 
 from moejax import config as configs
 from moejax.config import ConfigError
+from moejax.data.tokenizer import read_json
 from moejax.hf.names import FAMILIES, WHOLE, Entry, describe, model_of, unlike
+from moejax.hf.reading import Reader
 from moejax.hf.safetensors import DTYPES, File, shards, write
 from moejax.model import transformer
 from moejax.model.sharded import Sharded
@@ -72,21 +74,19 @@ class Checkpoint:
             raise ConfigError([f"model_type is one of {', '.join(FAMILIES | WHOLE)}; {folder / 'config.json'} has "
                                f"{name!r}"])
         if found := self.config.get("quantization_config"):
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-            raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised ({method}); "
-                               "take a checkpoint that is not, or dequantise it first"])
+            raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised "
+                               f"({found!r:.80}); take a checkpoint that is not, or dequantise it first"])
         self.family = FAMILIES[WHOLE.get(name, name)]
         if self.family.encoder():
             self.config = alone(self.config, WHOLE.get(name, name))
         read = self.family.reader(self.config, "vision_config." * (name in WHOLE))
         self.model = model_of(self.family, read)
-        problems = read.problems
-        if self.model.vision and not problems:
-            more, problems = prepared(folder)
-            kept = [part for part in self.model.vision.split() if part.partition("=")[0] not in more]
-            self.model = replace(self.model, vision=" ".join([*kept, *(f"{key}={more[key]}" for key in more)]))
-        if problems:
-            raise ConfigError(problems)
+        if read.problems:
+            raise ConfigError(read.problems)
+        if self.model.vision:
+            kind, *parts = self.model.vision.split()
+            parts = dict(part.split("=") for part in parts) | prepared(folder)
+            self.model = replace(self.model, vision=" ".join([kind, *map("=".join, parts.items())]))
         self.files = self.open()
 
     def open(self) -> dict[str, File]:
@@ -222,35 +222,27 @@ def entries_of(published: Mapping[str, Any], names: Iterable[str] = ()) -> tuple
 
 def alone(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """The config.json of an image encoder by itself, or the half of CLIP or SigLIP that sees.  Raises ConfigError."""
-    known = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
+    known, read = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}, Reader(config)
     if config["model_type"] == kind:
         return config | known
-    found = next((config[key] for key in ("vision_config_dict", "vision_config") if config.get(key) is not None), {})
-    if not isinstance(found, dict):
-        raise ConfigError([f"config.json must hold a JSON object, as vision_config; it has {found!r}"])
+    found = read("vision_config_dict", {}) or read("vision_config", {})
+    if read.problems:
+        raise ConfigError(read.problems)
     return found | known | {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
 
 
-def prepared(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """How a checkpoint's images are made ready, as `model.vision` says it, and what is wrong with that."""
-    found: Any = next((read_json(folder / name) for name in BESIDE[-2:] if (folder / name).is_file()), {})
-    found, problems, text = found.get("image_processor", found), [], {}
-    if not isinstance(found, dict):
-        return {}, [f"an image_processor is a JSON object; {folder / BESIDE[-1]} has {found!r}"]
+def prepared(folder: Path) -> dict[str, str]:
+    """How a checkpoint's images are made ready, as `model.vision` says it.  Raises ConfigError."""
+    found = next((read_json(folder / name) for name in BESIDE[-2:] if (folder / name).is_file()), {})
+    found = found["image_processor"] if isinstance(found.get("image_processor"), dict) else found
     if found.get("do_rescale") is False or found.get("rescale_factor") not in (None, 1 / 255):
-        problems.append(f"bytes of pixels are divided by 255 here; {folder} has do_rescale "
-                        f"{found.get('do_rescale')} and rescale_factor {found.get('rescale_factor')}")
-    if "do_center_crop" in found:
-        text["fit"] = "crop" if found["do_center_crop"] else "squash"
-    for key, name, none in (("image_mean", "mean", 0.0), ("image_std", "std", 1.0)):
-        value = [none] * 3 if found.get("do_normalize") is False else found.get(key)
-        if isinstance(value, list) and len(value) == 3 and all(
-                type(x) in (int, float) and math.isfinite(x) and (x > 0 or name == "mean") for x in value):
-            text[name] = ",".join(map(repr, map(float, value)))
-        elif value is not None:
-            problems.append(f"{key} has a number each for red, green and blue{', above 0' * (name == 'std')}; "
-                            f"preprocessor_config.json has {value!r}")
-    return text, problems
+        raise ConfigError([f"bytes of pixels are divided by 255 here; {folder} has do_rescale "
+                           f"{found.get('do_rescale')} and rescale_factor {found.get('rescale_factor')}"])
+    if found.get("do_normalize") is False:
+        found |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    told = {name: str(found[f"image_{name}"]).strip("[]").replace(" ", "") for name in ("mean", "std")
+            if found.get(f"image_{name}") is not None}
+    return told | ({"fit": "crop" if found["do_center_crop"] else "squash"} if "do_center_crop" in found else {})
 
 
 @cache
@@ -324,34 +316,23 @@ def stacks(model: configs.Model) -> dict[str, dict[str, list[int]]]:
             "depth": {"vision.resampler.layer": list(range(look.depth))} if look and look.latents else {}}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{path} must be a JSON object; it cannot be read ({error})"]) from None
-    if not isinstance(found, dict):
-        raise ConfigError([f"{path} must be a JSON object; it is a {type(found).__name__}"])
-    return found
-
-
-def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
-    """The family that can express a model, and its config.json.  Raises ConfigError: what the nearest one lacks."""
-    lacks = {}
-    for name, family in FAMILIES.items():
-        found = describe(model, family, longest)
-        read = family.reader(found)
-        lacks[name] = unlike(model, model_of(family, read)) + read.problems
-        if not lacks[name]:
-            return name, {"model_type": name, "architectures": [family.architecture], **found}
-    nearest = min(lacks, key=lambda name: len(lacks[name]))
-    raise ConfigError([f"an export is of a family that can express the model ({', '.join(FAMILIES)}); {nearest} comes "
-                       f"nearest, and cannot express {what}; train a model without it" for what in lacks[nearest]])
-
-
-def expresses(published: Mapping[str, Any], model: configs.Model) -> bool:
-    """Whether a config.json is of this model, apart from what is of training."""
+def lacks(published: Mapping[str, Any], model: configs.Model) -> list[str]:
+    """What a config.json does not say of this model, apart from what is of training."""
     family = FAMILIES[published["model_type"]]
-    return not unlike(model, model_of(family, family.reader(published)))
+    read = family.reader(published)
+    return unlike(model, model_of(family, read)) + read.problems
+
+
+def family_of(model: configs.Model, longest: int) -> dict[str, Any]:
+    """The config.json of the family that can express a model.  Raises ConfigError: what the nearest one lacks."""
+    found = [{"model_type": name, "architectures": [family.architecture], **describe(model, family, longest)}
+             for name, family in FAMILIES.items()]
+    nearest = min(found, key=lambda published: len(lacks(published, model)))
+    if missing := lacks(nearest, model):
+        raise ConfigError([f"an export is of a family that can express the model ({', '.join(FAMILIES)}); "
+                           f"{nearest['model_type']} comes nearest, and cannot express {what}; train a model without "
+                           "it" for what in missing])
+    return nearest
 
 
 def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, published: dict[str, Any],

@@ -238,11 +238,11 @@ def test_values_of_the_wrong_kind(wrong, published, refused):
      ["model.moe.expert_groups must divide model.moe.experts; got 3 and 8; set model.moe.expert_groups to one of "
       "[1, 2, 4, 8]"]),
     ("mixtral_gqa", {"quantization_config": {"quant_method": "fp8"}},
-     ["weights are float32, float16 or bfloat16; those of HERE are quantised (fp8); take a checkpoint that is not, or "
-      "dequantise it first"]),
+     ["weights are float32, float16 or bfloat16; those of HERE are quantised ({'quant_method': 'fp8'}); take a "
+      "checkpoint that is not, or dequantise it first"]),
     ("mixtral_gqa", {"quantization_config": "awq"},
-     ["weights are float32, float16 or bfloat16; those of HERE are quantised (awq); take a checkpoint that is not, or "
-      "dequantise it first"]),
+     ["weights are float32, float16 or bfloat16; those of HERE are quantised ('awq'); take a checkpoint that is not, "
+      "or dequantise it first"]),
 ])
 def test_what_we_cannot_do(name, change, problems, published, refused):
     assert refused("import", published(name, **change)) == problems

@@ -216,15 +216,15 @@ def test_how_images_are_made_ready(tmp_path):
     import_folder(tmp_path / "clip", tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == given
-    wrong = {"image_mean": [1, 2], "image_std": [0] * 3, "rescale_factor": 1 / 127.5}
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(wrong))
-    with pytest.raises(ConfigError) as caught:
-        moejax.load(tmp_path / "clip")
-    assert caught.value.problems == [
-        f"bytes of pixels are divided by 255 here; {tmp_path / 'clip'} has do_rescale None and rescale_factor "
-        f"{1 / 127.5}",
-        "image_mean has a number each for red, green and blue; preprocessor_config.json has [1, 2]",
-        "image_std has a number each for red, green and blue, above 0; preprocessor_config.json has [0, 0, 0]"]
+    for wrong, problem in [
+            ({"rescale_factor": 1 / 127.5}, "bytes of pixels are divided by 255 here; "),
+            ({"image_mean": [1, 2]}, "mean is three numbers, not '1,2'"),
+            ({"image_std": [0] * 3}, "std is three numbers above 0, not '0,0,0'"), ({"image_std": 1}, "not '1'"),
+            ({"image_mean": "grey one"}, "model.vision ")]:
+        (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError) as caught:
+            moejax.load(tmp_path / "clip")
+        assert problem in caught.value.problems[0]
 
 
 SMALL = "size=20 patch=7 width=16 layers=2 heads=2 hidden=24"
@@ -275,10 +275,9 @@ def test_what_no_family_can_say(change, problem):
 
 def test_a_text_family_cannot_say_that_it_sees():
     model = configs.dataclasses.replace(READER, vision="", cross="", pattern="D")
-    assert convert.family_of(model, 64)[0] == "llama"
-    found = convert.family_of(model, 64)[1]
-    assert convert.expresses(found, model)
-    assert not convert.expresses(found, configs.dataclasses.replace(model, vision=READER.vision))
+    found = convert.family_of(model, 64)
+    assert found["model_type"] == "llama" and not convert.lacks(found, model)
+    assert convert.lacks(found, configs.dataclasses.replace(model, vision=READER.vision))
 
 
 # What is wrong
