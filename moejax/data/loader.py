@@ -20,7 +20,7 @@ from jaxtyping import Int64, Integer
 from moejax.config import ConfigError, Data
 from moejax.data.images import Ref
 from moejax.data.sources import Document, File, documents, find_files
-from moejax.data.tokenizer import IMAGE, ByteTokenizer, FileTokenizer, open_tokenizer
+from moejax.data.tokenizer import IMAGE, Tokenizer, open_tokenizer
 
 FORMAT = 3  # of the cache; raise it when what is written for the same config changes
 CHUNK = 2**20  # tokens counted at a time
@@ -58,13 +58,11 @@ class Corpus(NamedTuple):
 def open_corpus(config: Data, vocab: int | None = None) -> Corpus:
     """The tokens that `config` names, from its cache if it holds them, else tokenized into it.
 
-    A document is in validation if a hash of the seed, its name and its text says so, whatever the other
-    documents are.  Where that leaves validation empty, the document with the smallest hash goes there.  `vocab` is
-    model.vocab, which must hold the tokenizer's ids.
+    A document is in validation if a hash of the seed, its name and its text says so, whatever the others are.  Where
+    that leaves validation empty, the one with the smallest hash goes there.  `vocab`, model.vocab, must hold all ids.
 
-    Raises:
-        ConfigError: all that is wrong with the tokenizer, the sources or the cache folder, or train or validation empty
-            or (of text alone) not longer than `config.sequence`, or images and no id for them below `vocab`.
+    Raises ConfigError: all that is wrong with the tokenizer, the sources or the cache folder, or train or validation
+    empty or (of text alone) not longer than `config.sequence`, or images and no id for them.
     """
     files, problems = find_files(config.sources)
     try:
@@ -111,8 +109,7 @@ def read_cache(home: Path) -> Corpus | None:
         return None
 
 
-def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: Sequence[File], problems: list[str],
-                home: Path) -> None:
+def build_cache(config: Data, tokenizer: Tokenizer, files: Sequence[File], problems: list[str], home: Path) -> None:
     """Tokenizes into a folder .building-… beside `home`, then renames it, so that `home` is whole or absent."""
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -123,29 +120,35 @@ def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: S
     with scratch as name:
         fresh = Path(name, "first")
         share = math.ceil(config.validation * 2**64)
-        meta, lowest, highest = write_tokens(config, tokenizer, documents(files, problems), fresh, share)
+        meta, lowest = write_tokens(config, tokenizer, documents(files, problems), fresh, share)
         if config.validation and not meta["validation"]:
             fresh = Path(name, "second")
-            meta, *_ = write_tokens(config, tokenizer, documents(files), fresh, lowest + 1)
-        check_split(config, meta, lowest == highest)
+            meta, _ = write_tokens(config, tokenizer, documents(files), fresh, lowest + 1)
+        if not meta["documents"]:
+            raise ConfigError([f"data.sources must hold text; every document of {', '.join(config.sources)} is empty; "
+                               "write text there or name other sources"])
+        if not meta["train"]:
+            raise ConfigError([f"data.validation must leave a document to train on; got {config.validation}, which "
+                               f"takes all {meta['documents']} (one is never split, nor are several that are alike); "
+                               "lower it, set it to 0, or split the text into several files or .jsonl lines"])
         publish(fresh, home)
 
 
-def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: Iterator[Document], folder: Path,
-                 threshold: int) -> tuple[dict[str, Any], int, int]:
-    """Fills `folder` and returns its meta.json and the smallest and the largest hash of a document.
+def write_tokens(config: Data, tokenizer: Tokenizer, texts: Iterator[Document], folder: Path,
+                 threshold: int) -> tuple[dict[str, Any], int]:
+    """Fills `folder` and returns its meta.json and the smallest hash of a document.
 
     A document is in validation if its hash, of 0..2**64-1, is below `threshold`.  Raises ConfigError where there are
     images and the tokenizer has no id for them.
     """
     folder.mkdir()
     writers = [Writer(folder, part, tokenizer) for part in PARTS]
-    lowest, highest, lengths = 2**64, -1, array("q")
+    lowest, lengths = 2**64, array("q")
     for group in together(texts):
         encoded = iter(tokenizer.encode_batch([part for one in group for part in one.parts if isinstance(part, str)]))
         for document in group:
             place = split_hash(config.seed, document.name, document.text)
-            lowest, highest, held_out = min(lowest, place), max(highest, place), place < threshold
+            lowest, held_out = min(lowest, place), place < threshold
             lengths.extend((writers[held_out].write(document, encoded), held_out))
         for writer in writers:
             writer.flush()
@@ -157,7 +160,7 @@ def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: 
             "image": tokenizer.image, "images": {writer.part: writer.bytes for writer in writers}}
     meta |= {writer.part: writer.tokens for writer in writers}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return meta, lowest, highest
+    return meta, lowest
 
 
 def together(texts: Iterator[Document]) -> Iterator[list[Document]]:
@@ -175,7 +178,7 @@ def together(texts: Iterator[Document]) -> Iterator[list[Document]]:
 class Writer:
     """Appends documents to `<part>.bin` in a folder, and the lines of their images to `<part>-images.jsonl`."""
 
-    def __init__(self, folder: Path, part: str, tokenizer: ByteTokenizer | FileTokenizer):
+    def __init__(self, folder: Path, part: str, tokenizer: Tokenizer):
         self.folder, self.part, self.tokenizer = folder, part, tokenizer
         self.dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
         self.tokens = self.bytes = 0  # of all, and of the lines of images
@@ -216,22 +219,6 @@ def split_hash(seed: int, name: str, text: str) -> int:
     # surrogatepass: names of files, and escapes in JSON, may hold what UTF-8 cannot
     digest = hashlib.blake2b(f"{seed}\0{name}\0{text}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
-
-
-def check_split(config: Data, meta: dict[str, Any], alike: bool) -> None:
-    """Raises ConfigError if no document is left to train on, or all are `alike` in name and text and so in one part."""
-    count = meta["documents"]
-    if not count:
-        raise ConfigError([f"data.sources must hold text; every document of {', '.join(config.sources)} is empty; "
-                           "write text there or name other sources"])
-    if config.validation and alike:
-        raise ConfigError(["validation needs two different documents, as one is never split between train and "
-                           f"validation; got data.validation={config.validation} and {count} document"
-                           f"{'s, all alike' if count > 1 else ''}; split the text into several files or .jsonl lines, "
-                           "or set data.validation=0"])
-    if not meta["train"]:
-        raise ConfigError([(f"data.validation must leave a document to train on; got {config.validation}, which "
-                            f"takes all {count}; set data.validation={config.validation / 2:g} or lower")])
 
 
 def publish(fresh: Path, home: Path) -> None:

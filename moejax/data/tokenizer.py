@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,11 @@ import numpy as np
 from jaxtyping import UInt, UInt16
 
 from moejax.config import ConfigError
-from moejax.data import chat
 
 TOKENIZER_FILE = "tokenizer.json"
 IMAGE = "<image>"  # the token of files
 SETTINGS, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 
 
 class ByteTokenizer:
@@ -46,7 +48,7 @@ class ByteTokenizer:
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt16[np.ndarray, " T"]:
         raise ConfigError(["a chat needs a template; data.tokenizer=bytes has none; prompt without a chat, or set "
-                           f"data.tokenizer to a folder with {TOKENIZER_FILE} and {chat.FILE}"])
+                           f"data.tokenizer to a folder with {TOKENIZER_FILE} and {TEMPLATE}"])
 
     def decode(self, ids: Iterable) -> str:
         """The text of a sequence of ids.  Ids from 256 up have no text; bytes that are not UTF-8 become U+FFFD."""
@@ -100,19 +102,17 @@ class FileTokenizer:
         self.image: int | None = self.library.token_to_id(IMAGE)
         self.dtype = np.dtype(np.uint16 if self.size <= 2**16 else np.uint32)
 
-        eot = self.library.token_to_id(self.special.get("eos_token", ""))
-        if eot is None and "eos_token" in self.special:
-            problems.append(f"the eos_token must be a token of {path}; {self.special['eos_token']!r} is none; "
-                            f"correct it in {self.folder / SETTINGS} or {self.folder / SPECIAL}")
-        ids = generation.get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(each) is int and each >= 0 for each in ids):
-            problems.append(f"eos_token_id must be a token's number, or a list of them; {self.folder / GENERATION} has "
-                            f"{ids}; correct it there")
+        ends, eos = generation.get("eos_token_id"), self.special.get("eos_token")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends = [self.library.token_to_id(eos), *ends] if eos else ends
+        if not all(type(each) is int and each >= 0 for each in ends):
+            problems.append(f"the eos_token and every eos_token_id must be a token of {path}; they are {eos!r} and "
+                            f"{generation.get('eos_token_id')!r}; correct them in {SETTINGS}, {SPECIAL} or "
+                            f"{GENERATION}")
         if problems:
             raise ConfigError(problems)
-        self.ends = tuple(dict.fromkeys([*([] if eot is None else [eot]), *ids]))
-        self.eot: int | None = next(iter(self.ends), None)
+        self.ends = tuple(dict.fromkeys(ends))
+        self.eot: int | None = next(iter(ends), None)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
         self.identity = f"{TOKENIZER_FILE} {digest} {sorted(set(named))} {self.eot}"
 
@@ -132,9 +132,32 @@ class FileTokenizer:
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt[np.ndarray, " T"]:
         """The ids of messages such as `{"role": "user", "content": "…"}`, up to where the model is to answer.
 
-        Raises ConfigError: the folder has no chat template, or it is wrong or refuses the messages.
+        The template is chat_template.jinja, else that of tokenizer_config.json, or of several there the one named
+        default.  Raises ConfigError: there is none, or no jinja2, or it is wrong, refuses them or leaves its sandbox.
         """
-        return self.encode(chat.render(self.folder, self.settings, messages, add_generation_prompt, self.special))
+        path, found = self.folder / TEMPLATE, self.settings.get("chat_template")
+        if isinstance(found, list):
+            found = next((one.get("template") for one in found
+                          if isinstance(one, dict) and one.get("name") == "default"), found)
+        if not path.is_file() and not isinstance(found, str):
+            raise ConfigError([f"a chat needs a template, or one named default; {self.folder} has no {TEMPLATE}, and "
+                               f"in {SETTINGS} the chat_template {found!r:.80}; put the model's own into {path}, or "
+                               "prompt without a chat"])
+        try:
+            made = sandbox()
+        except ImportError:
+            raise ConfigError(["a chat template needs the optional package jinja2, which is not installed; "
+                               "pip install 'moejax[hf]'"]) from None
+        try:
+            template = made.from_string(path.read_text("utf-8") if path.is_file() else found)
+            plain = json.loads(json.dumps(messages))  # nothing with methods of its own
+            text = template.render(messages=plain, tools=None, documents=None,
+                                   add_generation_prompt=add_generation_prompt, **self.special)
+        except Exception as error:  # whatever a stranger's program may raise
+            where = path if path.is_file() else self.folder / SETTINGS
+            raise ConfigError([f"a chat template must be one of Jinja that takes the messages; that of {where} fails "
+                               f"({type(error).__name__}: {error}); change the messages, or repair it"]) from None
+        return self.encode(text)
 
     def decode(self, ids: Iterable) -> str:
         """The text of a sequence of ids.  Special tokens, ends and ids from `size` up have no text."""
@@ -142,7 +165,10 @@ class FileTokenizer:
         return self.library.decode(kept, skip_special_tokens=True)
 
 
-def open_tokenizer(name: str, vocab: int | None = None) -> ByteTokenizer | FileTokenizer:
+Tokenizer = ByteTokenizer | FileTokenizer
+
+
+def open_tokenizer(name: str, vocab: int | None = None) -> Tokenizer:
     """The tokenizer that data.tokenizer names: "bytes", or the path of a tokenizer.json or of its folder.
 
     Raises ConfigError: no name, no such file, a file that cannot be used, or more ids than `vocab`, model.vocab.
@@ -173,7 +199,7 @@ def tokenizer_files(name: str) -> dict[str, str]:
     if name in ("", "bytes"):
         return {}
     path = tokenizer_path(name)
-    files = {TOKENIZER_FILE: path} | {file: path.parent / file for file in (SETTINGS, SPECIAL, GENERATION, chat.FILE)}
+    files = {TOKENIZER_FILE: path} | {file: path.parent / file for file in (SETTINGS, SPECIAL, GENERATION, TEMPLATE)}
     return {file: found.read_text("utf-8") for file, found in files.items() if found.is_file()}
 
 
@@ -196,3 +222,38 @@ def token_text(token: Any) -> str | None:
 
 def whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
+
+
+def sandbox() -> Any:
+    """A jinja2.Environment for templates, which are strangers' programs, with what published ones expect."""
+    import jinja2  # an optional extra
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} … {% endgeneration %}: what the assistant said, which is for training on it; it stays."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """What a template puts into it is nothing that Python itself looks up, such as __html__."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name.startswith("__"):
+                return object.__getattribute__(self, name)
+            return super().__getattribute__(name)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+    made.globals |= {"raise_exception": raise_exception, "namespace": Namespace,
+                     "strftime_now": lambda form: datetime.now().strftime(form),
+                     "dict": lambda *args, **kwargs: dict(*args, **kwargs)}
+    return made

@@ -130,22 +130,21 @@ class Checkpoint:
 
     def check(self, wanted: Mapping[str, Tensor]) -> list[str]:
         """Raises ConfigError on tensors that are missing, too many or of another shape; returns those left out."""
-        shapes = {name: tensor.shape() for name, tensor in wanted.items()}
-        wrong = [f"{name} of shape {list(shapes[name])} is missing"
-                 for name in sorted(wanted.keys() - self.files.keys())]
-        left, layers = [], self.model.layers
-        for name in sorted(self.files.keys() - wanted.keys()):
+        wrong, left, layers = [], [], self.model.layers
+        for name in sorted(self.files.keys() | wanted.keys()):
+            shape = wanted[name].shape() if name in wanted else ()
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             later = layer and layers <= int(layer[1]) < layers + (self.config.get("num_nextn_predict_layers") or 0)
             other = (name in TIED and self.model.tied) or (self.family.encoder() and READS.match(name))
-            if later or other or UNUSED.search(name):
+            found = self.files[name].tensors[name] if name in self.files else None
+            if found is None:
+                wrong.append(f"{name} of shape {list(shape)} is missing")
+            elif name not in wanted and (later or other or UNUSED.search(name)):
                 left.append(name)
-            else:
+            elif name not in wanted:
                 wrong.append(f"{name} is there, and this model has no such tensor")
-        for name in sorted(wanted.keys() & self.files.keys()):
-            found = self.files[name].tensors[name]
-            if found.shape != shapes[name]:
-                wrong.append(f"{name} must have shape {list(shapes[name])}; it has {list(found.shape)}")
+            elif found.shape != shape:
+                wrong.append(f"{name} must have shape {list(shape)}; it has {list(found.shape)}")
             elif found.dtype not in DTYPES:
                 wrong.append(f"{name} must be {', '.join(DTYPES)}; it is {found.dtype}")
         if wrong:

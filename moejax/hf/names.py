@@ -258,41 +258,43 @@ def rope_parameters(model: Model) -> dict[str, Any]:
     return {"rope_type": kind or "default", "rope_theta": model.rope_theta} | found
 
 
+OF_TRAINING = ("group", "capacity_factor", "priority", "jitter", "balance_loss", "balance_scope", "z_loss", "bias_rate",
+               "dispatcher")  # fields of MoE
+
+
 def unlike(model: Model, other: Model) -> list[str]:
     """The fields in which two models compute something else, in words."""
-    def plain(model: Model) -> dict[str, Any]:
-        kinds, moe = model.layer_kinds(), asdict(model.moe)
-        told, look = model.encoder(), model.looks()
-        seen = {"vision": told and told.kind, "cross": look and look.kind}
-        if told:  # how pixels are made ready is said elsewhere
-            seen |= {f"vision.{name}": it for name, it in vars(told).items() if name not in ("fit", "mean", "std")}
-            seen |= {"vision.grid": told.grid or told.size // told.patch,
-                     "vision.pool": told.pool and told.kind == "siglip"}
-        if look:
-            inner = () if look.latents else ("depth", "heads", "head", "latent_norm")
-            seen |= {f"cross.{name}": value for name, value in vars(look).items() if name not in inner}
-        if not model.layers:
-            return {"layers": 0} | seen
-        found = asdict(model) | {"pattern": model.layer_letters(), "moe": None, "biases": sorted(model.biases)} | seen
-        kind, numbers = model.rope()
-        if kind == "yarn":  # what it is where it is not said
-            numbers = {"fast": 32, "slow": 1, "truncate": 1, "attention": yarn_factor(numbers["factor"])} | numbers
-        scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
-        found |= {"rope_scaling": (kind, sorted(numbers.items())),
-                  "multipliers": tuple(round(x or model.head_dim**-0.5, 12) for x in scale)}
-        unused = {"hidden": not set(found["pattern"].upper()) & set("DVW"), "window": found["pattern"].isupper(),
-                  "clamp": model.activation != "clamped_swiglu", "kv_heads": bool(model.latent)}
-        of_training = ("group", "capacity_factor", "priority", "jitter", "balance_loss", "balance_scope", "z_loss",
-                       "bias_rate", "dispatcher")
-        if "M" in kinds:
-            router = model.moe.router
-            unused |= {"moe." + name: True for name in of_training} | {
-                "moe.mixer_gap": router != "sparsemixer", "moe.softmax": router != "topk",
-                "moe.renormalise": router in ("sparsemixer", "expert_choice")}
-            if router == "topk" and moe["softmax"] == "after":  # the same as choosing after the softmax
-                moe |= {"softmax": "before", "renormalise": True}
-            found |= {f"moe.{name}": value for name, value in moe.items()}
-        return {name: value for name, value in found.items() if not unused.get(name)}
-
-    a, b = plain(model), plain(other)
+    a, b = computed(model), computed(other)
     return [f"model.{name}={a.get(name)!r} (it has {b.get(name)!r})" for name in a if a.get(name) != b.get(name)]
+
+
+def computed(model: Model) -> dict[str, Any]:
+    """The fields of a model that decide what it computes, and what goes without saying."""
+    told, look, kinds, moe = model.encoder(), model.looks(), model.layer_kinds(), asdict(model.moe)
+    seen = {"vision": told and told.kind, "cross": look and look.kind}
+    if told:  # how pixels are made ready is said elsewhere
+        seen |= {f"vision.{name}": it for name, it in vars(told).items() if name not in ("fit", "mean", "std")}
+        seen |= {"vision.grid": told.grid or told.size // told.patch,
+                 "vision.pool": told.pool and told.kind == "siglip"}
+    if look:
+        inner = () if look.latents else ("depth", "heads", "head", "latent_norm")
+        seen |= {f"cross.{name}": value for name, value in vars(look).items() if name not in inner}
+    if not model.layers:
+        return {"layers": 0} | seen
+    kind, numbers = model.rope()
+    if kind == "yarn":
+        numbers = {"fast": 32, "slow": 1, "truncate": 1, "attention": yarn_factor(numbers["factor"])} | numbers
+    found = asdict(model) | seen | {
+        "pattern": model.layer_letters(), "moe": None, "biases": sorted(model.biases),
+        "rope_scaling": (kind, sorted(numbers.items())),
+        "multipliers": tuple(round(x or model.head_dim**-0.5, 12) for x in model.multipliers or (1.0, 1.0, 0.0, 1.0))}
+    unused = {"hidden": not set(found["pattern"].upper()) & set("DVW"), "window": found["pattern"].isupper(),
+              "clamp": model.activation != "clamped_swiglu", "kv_heads": bool(model.latent)}
+    if "M" in kinds:
+        router = model.moe.router
+        if router == "topk" and moe["softmax"] == "after":  # the same as choosing after the softmax
+            moe |= {"softmax": "before", "renormalise": True}
+        found |= {f"moe.{name}": value for name, value in moe.items() if name not in OF_TRAINING}
+        unused |= {"moe.mixer_gap": router != "sparsemixer", "moe.softmax": router != "topk",
+                   "moe.renormalise": router in ("sparsemixer", "expert_choice")}
+    return {name: value for name, value in found.items() if not unused.get(name)}

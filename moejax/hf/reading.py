@@ -80,9 +80,10 @@ def rope(read: Reader) -> tuple[float, str]:
         read.problems.append(f"a rotary scaling is linear, dynamic, llama3 or yarn here; config.json has {kind!r}")
     numbers = {"original": longest if kind == "dynamic" else original}
     if kind == "yarn":
-        numbers |= {"factor": found("factor", longest / original), "fast": found("beta_fast", 32.0),
-                    "slow": found("beta_slow", 1.0), "truncate": int(found("truncate", True))}
-        numbers["attention"] = sharpening(found, numbers["factor"])
+        factor, scale, whole = found("factor", longest / original), found("mscale", 0.0), found("mscale_all_dim", 0.0)
+        usual = yarn_factor(factor, scale) / yarn_factor(factor, whole) if scale and whole else yarn_factor(factor)
+        numbers |= {"factor": factor, "fast": found("beta_fast", 32.0), "slow": found("beta_slow", 1.0),
+                    "truncate": int(found("truncate", True)), "attention": found("attention_factor", 0.0) or usual}
     needed, allowed = ROPES.get(kind, ((), ()))
     numbers |= {name: found.require(ROPE_KEYS[name], float) for name in needed if name not in numbers}
     text = " ".join([kind, *(f"{name}={numbers[name]!r}" for name in (*needed, *allowed))]) if needed else ""
@@ -92,15 +93,6 @@ def rope(read: Reader) -> tuple[float, str]:
 def rope_reader(read: Reader) -> Reader:
     name = "rope_parameters" if read("rope_parameters", {}) else "rope_scaling"
     return Reader(read(name, {}), f"{name}.", read.problems)
-
-
-def sharpening(found: Reader, factor: float) -> float:
-    """What YaRN multiplies sine and cosine by."""
-    if scale := found("attention_factor", 0.0):
-        return scale
-    if (scale := found("mscale", 0.0)) and (whole := found("mscale_all_dim", 0.0)):
-        return yarn_factor(factor, scale) / yarn_factor(factor, whole)
-    return yarn_factor(factor)
 
 
 def letters(read: Reader, experts: Callable[[int], bool], windowed: Callable[[int], bool]) -> dict[str, Any]:

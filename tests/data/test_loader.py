@@ -227,17 +227,16 @@ def test_validation_gets_the_document_with_the_smallest_hash_if_it_would_be_empt
 
 def test_too_few_documents_for_the_split(tmp_path):
     one = write(tmp_path / "one", {"a.txt": "some text"})
-    rule = "validation needs two different documents, as one is never split between train and validation; got "
-    repair = "; split the text into several files or .jsonl lines, or set data.validation=0"
-    assert problems_of(data(tmp_path, one, validation=0.02)) == [rule + "data.validation=0.02 and 1 document" + repair]
+    rule = "data.validation must leave a document to train on; got "
+    repair = (" (one is never split, nor are several that are alike); lower it, set it to 0, or split the text into "
+              "several files or .jsonl lines")
+    assert problems_of(data(tmp_path, one, validation=0.02)) == [f"{rule}0.02, which takes all 1{repair}"]
     assert len(open_corpus(data(tmp_path, one)).validation) == 0
     alike = write(tmp_path / "alike", {"a.jsonl": '{"text": "same"}\n' * 3})
     assert problems_of(data(tmp_path, alike, validation=0.02)) == [
-        rule + "data.validation=0.02 and 3 documents, all alike" + repair]
+        f"{rule}0.02, which takes all 3{repair}"]
     two = write(tmp_path / "two", {"a.txt": "some text", "b.txt": "other text"})
-    (problem,) = problems_of(data(tmp_path, two, validation=1.0))
-    assert problem == ("data.validation must leave a document to train on; got 1.0, which takes all 2; "
-                       "set data.validation=0.5 or lower")
+    assert problems_of(data(tmp_path, two, validation=1.0)) == [f"{rule}1.0, which takes all 2{repair}"]
     void = write(tmp_path / "void", {"a.jsonl": '{"text": ""}\n'})
     (problem,) = problems_of(data(tmp_path, void))
     assert problem == (f"data.sources must hold text; every document of {void} is empty; "
@@ -289,8 +288,8 @@ def test_a_run_killed_while_it_tokenizes_leaves_nothing_that_is_read(config, tmp
     kill = f"""
 import os, signal
 from moejax.config import Data
-from moejax.data import loader
-class Killer(loader.ByteTokenizer):
+from moejax.data import loader, tokenizer
+class Killer(tokenizer.ByteTokenizer):
     def encode(self, text):
         if len(text) == 30:
             os.kill(os.getpid(), signal.SIGKILL)

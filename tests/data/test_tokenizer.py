@@ -244,6 +244,13 @@ def test_a_template_that_is_none(tmp_path):
     assert "(UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff" in problems_of(tokenizer.chat, USER)[0]
 
 
+@pytest.mark.parametrize("settings, generation", [
+    ({"eos_token": "<eos>"}, {}), ({"eos_token": "</s>"}, {"eos_token_id": "x"}), ({}, {"eos_token_id": [1, -1]})])
+def test_an_end_that_is_no_token(tmp_path, settings, generation):
+    (problem,) = problems_of(open_tokenizer, str(folder_of(tmp_path, settings=settings, generation_config=generation)))
+    assert problem.startswith("the eos_token and every eos_token_id must be a token of ")
+
+
 def test_names_that_are_no_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -258,11 +265,10 @@ def test_names_that_are_no_tokenizer(tmp_path, monkeypatch):
 
 def test_all_that_is_wrong_with_the_files_comes_at_once(tmp_path):
     folder_of(tmp_path, special_tokens_map=[], settings={"eos_token": "<eos>"}, generation_config={"eos_token_id": "x"})
-    special, eos, end = problems_of(open_tokenizer, str(tmp_path))
+    special, eos = problems_of(open_tokenizer, str(tmp_path))
     assert special == f"{tmp_path}/special_tokens_map.json must be a JSON object; it is a list"
-    assert eos.startswith(f"the eos_token must be a token of {tmp_path}/tokenizer.json; '<eos>' is none; correct it in")
-    assert end.startswith("eos_token_id must be a token's number, or a list of them; "
-                          f"{tmp_path}/generation_config.json has [")
+    assert eos.startswith("the eos_token and every eos_token_id must be a token of "
+                          f"{tmp_path}/tokenizer.json; they are '<eos>' and 'x'; correct them in ")
     (tmp_path / "tokenizer_config.json").write_text("{")
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')
     settings, _, broken = problems_of(open_tokenizer, str(tmp_path))

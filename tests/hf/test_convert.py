@@ -84,11 +84,11 @@ def test_every_wrong_tensor_is_listed(published, refused):
     folder = published()
     rewrite(folder, change)
     assert refused("import", folder) == [
-        "model.norm.weight of shape [64] is missing, in HERE",
-        "other.weight is there, and this model has no such tensor, in HERE",
         "lm_head.weight must be F32, F16, BF16; it is F64, in HERE",
         "model.embed_tokens.weight must have shape [128, 64]; it has [127, 64], in HERE",
-        "model.layers.0.input_layernorm.weight must be F32, F16, BF16; it is I8, in HERE"]
+        "model.layers.0.input_layernorm.weight must be F32, F16, BF16; it is I8, in HERE",
+        "model.norm.weight of shape [64] is missing, in HERE",
+        "other.weight is there, and this model has no such tensor, in HERE"]
 
 
 @pytest.mark.parametrize("change", [

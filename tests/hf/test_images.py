@@ -338,10 +338,10 @@ def test_missing_and_wrong_tensors(changed):
     shape = "must have shape [1, 1, 48]; it has [1], in HERE"
     assert problems == [
         "lm_head.additional_fc.weight of shape [4, 48] is missing, in HERE",
-        "model.perceiver_resampler.latents of shape [6, 32] is missing, in HERE",
-        "model.vision_model.embeddings.class_embedding of shape [32] is missing, in HERE",
         *(f"model.gated_cross_attn_layers.{i}.alpha_{name} {shape}" for i in range(2)
-          for name in ("cross_attn", "dense"))]
+          for name in ("cross_attn", "dense")),
+        "model.perceiver_resampler.latents of shape [6, 32] is missing, in HERE",
+        "model.vision_model.embeddings.class_embedding of shape [32] is missing, in HERE"]
 
 
 def test_tokens_for_an_encoder_and_images_for_none():
