@@ -1,7 +1,6 @@
 """Files of images and videos to square arrays of pixels, in this process or in others beside it.
 
-Bottom of the data package.  `decode` reads one file, `read_images` several for generation; `Decoders` are the
-processes that decode for training.  Files come from anywhere: what cannot be used is a reason, never an exception.
+Bottom of the data package.  Files come from anywhere: what cannot be used is a reason, never an exception.
 """
 
 import contextlib
@@ -175,8 +174,8 @@ def read_images(names: Sequence[str | Path], size: int, fit: str, frames: int, r
 class Decoders:
     """Up to WORKERS processes that decode, each started when first needed.
 
-    They run this file alone, whatever the main program is, and end when their input does, so that none outlives this
-    process however it ends.  (Those of concurrent.futures run the main program again and may outlive it.)
+    They run this file alone and end when their input does: those of concurrent.futures run the main program again and
+    may outlive it.
     """
 
     def __init__(self):

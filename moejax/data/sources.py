@@ -1,7 +1,6 @@
 """From `config.data.sources` to documents: which files they name, and the text and the images in them.
 
-Sits between the config and `loader.py`.  Neither function stops at the first mistake: `find_files` hands back
-the problems it met, `documents` raises them together with those of the text.
+Neither stops at the first mistake: `find_files` returns the problems, `documents` raises them with those of the text.
 """
 
 import glob
@@ -112,11 +111,9 @@ def unreadable(path: Any, error: Exception) -> str:
 def documents(files: Sequence[File], problems: Sequence[str] = ()) -> Iterator[Document]:
     """Every document that is not empty, in the order of the files.
 
-    A line of a .jsonl, or a group of a .tar, is a document under its file's name: without a line number in it, the
-    documents keep their names when a line is inserted above them.
-
-    Raises ConfigError after the last file, with `problems` and all that is wrong in the files.  From the first problem
-    on, files are only checked and nothing is yielded.
+    A line of a .jsonl, or a group of a .tar, is a document under its file's name, which stays when a line is inserted
+    above it.  Raises ConfigError after the last file, with `problems` and all that is wrong in the files; from the
+    first problem on, nothing is yielded.
     """
     problems = list(problems)
     for file in files:
@@ -214,10 +211,7 @@ def group_parts(tar: tarfile.TarFile, path: str, files: dict[str, tarfile.TarInf
 
 
 def zstd_lines(path: Path) -> Iterator[bytes]:
-    """Raises OSError where the file is damaged or cut short.
-
-    Frame by frame, because zstandard's own stream reader ends silently at a frame that is cut short.
-    """
+    """Frame by frame, as zstandard's own reader ends silently where a file is cut short.  Raises OSError there."""
     try:
         import zstandard  # an optional extra
     except ImportError:

@@ -20,8 +20,8 @@ class Entry(NamedTuple):
     """One kind of tensor.
 
     `there` has {layer} and {expert} for numbers, {cross} of layers with cross-attention, {block} of the image encoder
-    and {depth} of the resampler; `here` ends the name of our weight, in a layer or of the model; an axis marked ~ ends
-    in entries that rotary positions turn in neighbouring pairs, where ours turn halves; 1 is a dimension of one entry.
+    and {depth} of the resampler; `here` ends the name of our weight; an axis marked ~ ends in entries that rotary
+    positions turn in neighbouring pairs, where ours turn halves; 1 is a dimension of one entry.
     """
 
     there: str

@@ -1,7 +1,4 @@
-"""Published configs: what their keys may hold, and how each family's become fields of our model.
-
-What our model cannot do is collected as problems, to be told at once.
-"""
+"""How each family's published config becomes fields of our model; what that cannot do is collected as problems."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,11 +108,11 @@ def shortest(text: str) -> str:
     return next(text[:n] for n in range(1, len(text) + 1) if (text[:n] * len(text))[:len(text)] == text)
 
 
-def moe(read: Reader, **fields: Any) -> MoE:
-    """Dropless, as published models run."""
-    return MoE(**{"active": read("num_experts_per_tok", 2), "hidden": read.require("intermediate_size"),
-                  "balance_loss": read("router_aux_loss_coef", 0.0), "z_loss": 0.0, "capacity_factor": None,
-                  "dispatcher": "blocked"} | fields)
+def moe(read: Reader, experts: int, active: int = 2, **fields: Any) -> MoE:
+    """Dropless, as published models run; `active` where config.json does not say it."""
+    return MoE(**{"experts": experts, "active": read("num_experts_per_tok", active), "z_loss": 0.0,
+                  "hidden": read.require("intermediate_size"), "balance_loss": read("router_aux_loss_coef", 0.0),
+                  "capacity_factor": None, "dispatcher": "blocked"} | fields)
 
 
 def biases(read: Reader, attention: bool = False, **parts: bool) -> tuple[str, ...]:
@@ -133,8 +130,8 @@ def mistral(read: Reader) -> dict[str, Any]:
 
 
 def mixtral(read: Reader) -> dict[str, Any]:
-    return letters(read, lambda i: True, lambda i: True) | {"moe": moe(
-        read, experts=read("num_local_experts", 8), jitter=read("router_jitter_noise", 0.0))}
+    return letters(read, lambda i: True, lambda i: True) | {
+        "moe": moe(read, read("num_local_experts", 8), jitter=read("router_jitter_noise", 0.0))}
 
 
 def qwen_layers(read: Reader, windowed: Callable[[int], bool]) -> dict[str, Any]:
@@ -148,35 +145,32 @@ def qwen_layers(read: Reader, windowed: Callable[[int], bool]) -> dict[str, Any]
 def qwen2_moe(read: Reader) -> dict[str, Any]:
     first = read("max_window_layers", 28)
     return qwen_layers(read, lambda i: i % 2 == 0 and i < first) | {"biases": ("qkv",) * read("qkv_bias", True),
-        "moe": moe(read, experts=read("num_experts", 60), active=read("num_experts_per_tok", 4),
-                   hidden=read("moe_intermediate_size", 1408), shared=read("shared_expert_intermediate_size", 5632),
-                   shared_gate=True, renormalise=read("norm_topk_prob", False))}
+        "moe": moe(read, read("num_experts", 60), 4, hidden=read("moe_intermediate_size", 1408), shared_gate=True,
+                   shared=read("shared_expert_intermediate_size", 5632), renormalise=read("norm_topk_prob", False))}
 
 
 def qwen3_moe(read: Reader) -> dict[str, Any]:
     return qwen_layers(read, lambda i: True) | {"qk_norm": "head", "biases": biases(read),
-        "moe": moe(read, experts=read("num_experts", read("num_local_experts", 128)),
-                   active=read("num_experts_per_tok", 8), hidden=read("moe_intermediate_size", 768),
-                   renormalise=read("norm_topk_prob", False))}
+        "moe": moe(read, read("num_experts", read("num_local_experts", 128)), 8,
+                   hidden=read("moe_intermediate_size", 768), renormalise=read("norm_topk_prob", False))}
 
 
 def olmoe(read: Reader) -> dict[str, Any]:
     return letters(read, lambda i: True, lambda i: False) | {
         "qk_norm": "all", "biases": biases(read), "qkv_limit": read("clip_qkv", 0.0) or None,
-        "moe": moe(read, experts=read("num_experts", 64), active=read("num_experts_per_tok", 8),
-                   renormalise=read("norm_topk_prob", False))}
+        "moe": moe(read, read("num_experts", 64), 8, renormalise=read("norm_topk_prob", False))}
 
 
 def phimoe(read: Reader) -> dict[str, Any]:
     return letters(read, lambda i: True, lambda i: True) | {
         "norm": "layernorm", "biases": biases(read, norm=True, head=read("lm_head_bias", False)),
-        "moe": moe(read, experts=read("num_local_experts", 16), router="sparsemixer",
+        "moe": moe(read, read("num_local_experts", 16), router="sparsemixer",
                    mixer_gap=read("router_jitter_noise", 0.01), jitter=read("input_jitter_noise", 0.0))}
 
 
 def granitemoe(read: Reader) -> dict[str, Any]:
     return letters(read, lambda i: True, lambda i: False) | {
-        "biases": biases(read), "moe": moe(read, experts=read("num_local_experts", 8), softmax="after"),
+        "biases": biases(read), "moe": moe(read, read("num_local_experts", 8), softmax="after"),
         "multipliers": (read("embedding_multiplier", 1.0), read("residual_multiplier", 1.0),
                         read("attention_multiplier", 1.0), 1 / read("logits_scaling", 1.0))}
 
@@ -185,8 +179,7 @@ def gpt_oss(read: Reader) -> dict[str, Any]:
     return letters(read, lambda i: True, lambda i: i % 2 == 0) | {
         "activation": "clamped_swiglu", "clamp": (read("swiglu_alpha", 1.702), read("swiglu_limit", 7.0)),
         "biases": biases(read, True, sinks=True, experts=True, router=True),
-        "moe": moe(read, experts=read("num_local_experts", read("num_experts", 128)),
-                   active=read("num_experts_per_tok", 4), softmax="after")}
+        "moe": moe(read, read("num_local_experts", read("num_experts", 128)), 4, softmax="after")}
 
 
 ONE_WIDTH = (mixtral, olmoe, phimoe, granitemoe, gpt_oss)  # whose experts are as wide as `intermediate_size` says
@@ -207,10 +200,10 @@ def deepseek_v3(read: Reader) -> dict[str, Any]:
         "kv_heads": heads, "head_dim": still + turned, "multipliers": (1.0, 1.0, scale, 1.0) if scale else (),
         "latent": (read("q_lora_rank", 0) if "q_lora_rank" in read.values else 1536, read("kv_lora_rank", 512), turned,
                    read("v_head_dim", 128)), "biases": ("output",) * read("attention_bias", False),
-        "moe": moe(read, experts=read("n_routed_experts", read("num_local_experts", 256)),
-                   active=read("num_experts_per_tok", 8), hidden=hidden, shared=hidden * read("n_shared_experts", 1),
-                   router="sigmoid", renormalise=read("norm_topk_prob", True), expert_groups=read("n_group", 8),
-                   active_groups=read("topk_group", 4), scale=read("routed_scaling_factor", 2.5))}
+        "moe": moe(read, read("n_routed_experts", read("num_local_experts", 256)), 8, router="sigmoid", hidden=hidden,
+                   shared=hidden * read("n_shared_experts", 1), renormalise=read("norm_topk_prob", True),
+                   expert_groups=read("n_group", 8), active_groups=read("topk_group", 4),
+                   scale=read("routed_scaling_factor", 2.5))}
 
 
 def encoder(read: Reader, kind: str, usual: Mapping[str, Any], more: str = "") -> str:

@@ -1,7 +1,6 @@
 """The file format of published weights: eight bytes of length, a JSON header, and the tensors end to end.
 
-Files are mapped, so that a tensor is transposed and widened straight from the page cache: the package safetensors
-copies every slice first.
+Files are mapped, and tensors transposed straight from the page cache: the package safetensors copies each slice first.
 """
 
 import json
