@@ -1,7 +1,4 @@
-"""Files of images and videos to square arrays of pixels, in this process or in others beside it.
-
-Bottom of the data package.  Files come from anywhere: what cannot be used is a reason, never an exception.
-"""
+"""Files of images and videos to square arrays of pixels; what cannot be used is a reason, never an exception."""
 
 import contextlib
 import io
@@ -117,11 +114,9 @@ def film(source: io.BufferedIOBase, size: int, fit: str, frames: int, rate: floa
     except av.FFmpegError:
         return f"it is not a video ({', '.join(ending[1:] for ending in VIDEOS)})"
     with container:
-        if not container.streams.video:
-            return "it has no video, only sound"
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            return "nothing here decodes its kind of video"
+        stream = next(iter(container.streams.video), None)
+        if stream is None or stream.codec_context is None:
+            return "it has no video that is decoded here"
         check_size(stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.thread_count = 1  # the processes are the threads
         start, length = span(container, stream)
@@ -134,10 +129,8 @@ def film(source: io.BufferedIOBase, size: int, fit: str, frames: int, rate: floa
 def span(container: Any, stream: Any) -> tuple[float, float]:
     """The start and the length of a video in seconds; a file that does not say is read through, not decoded."""
     start = float((stream.start_time or 0) * stream.time_base)
-    if stream.duration:
-        return start, float(stream.duration * stream.time_base)
-    if container.duration:
-        return start, container.duration / 1e6  # av.time_base
+    if stream.duration or container.duration:  # the latter in microseconds
+        return start, float(stream.duration * stream.time_base if stream.duration else container.duration / 1e6)
     last = max((one.pts + (one.duration or 0) for one in container.demux(stream) if one.pts is not None), default=0)
     container.seek(0)
     return start, max(float(last * stream.time_base) - start, 0.0)
@@ -179,14 +172,12 @@ class Decoders:
     """
 
     def __init__(self):
-        count = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        self.threads = ThreadPoolExecutor(count, "decode")
+        self.threads = ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), "decode")
         self.own = threading.local()  # the process of each thread
         self.running: set[subprocess.Popen] = set()
         self.lock = threading.Lock()  # of what is decoded here
 
     def submit(self, *job: Any) -> Future:
-        """Of what `decode` returns."""
         return self.threads.submit(self.run, job)
 
     def run(self, job: tuple) -> Pixels | str:

@@ -1,7 +1,4 @@
-"""From the config to tokens: tokenize once into memory-mapped files, the documents one after another.
-
-Sits between the sources and `samples.py`.  Each document is followed by the tokenizer's end of text.
-"""
+"""From the config to tokens: tokenize once into memory-mapped files, each document with an end of text after it."""
 
 import contextlib
 import hashlib
@@ -29,10 +26,7 @@ PARTS = ("train", "validation")
 
 
 class References:
-    """The images of a part, in the order of their ids in its stream, from the files of a `Writer`.
-
-    Each has a row of `table`: where the id stands, and the start and the end of its line of JSON in `lines`.
-    """
+    """The images of a part.  A row of `table` is where an id stands, and start and end of its line of JSON."""
 
     def __init__(self, path: Path, size: int):
         self.table: Int64[np.ndarray, "images 3"] = np.empty((0, 3), np.int64)
@@ -92,7 +86,7 @@ def open_corpus(config: Data, vocab: int | None = None) -> Corpus:
 def cache_key(config: Data, tokenizer: str, files: Sequence[File]) -> str:
     """20 hexadecimal digits for all that decides the tokens; a file counts by its path, size and time of change."""
     facts = [FORMAT, tokenizer, config.validation, config.seed,
-             [(f.name, os.path.abspath(f.path), f.size, f.mtime_ns, f.lenient) for f in files]]
+             [(f.name, os.path.abspath(f.path), f.size, f.mtime_ns) for f in files]]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
 
 
@@ -136,11 +130,7 @@ def build_cache(config: Data, tokenizer: Tokenizer, files: Sequence[File], probl
 
 def write_tokens(config: Data, tokenizer: Tokenizer, texts: Iterator[Document], folder: Path,
                  threshold: int) -> tuple[dict[str, Any], int]:
-    """Fills `folder` and returns its meta.json and the smallest hash of a document.
-
-    A document is in validation if its hash, of 0..2**64-1, is below `threshold`.  Raises ConfigError where there are
-    images and the tokenizer has no id for them.
-    """
+    """Fills `folder`; returns its meta.json and the smallest hash.  Of a hash below `threshold` is what validates."""
     folder.mkdir()
     writers = [Writer(folder, part, tokenizer) for part in PARTS]
     lowest, lengths = 2**64, array("q")

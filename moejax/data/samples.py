@@ -1,7 +1,6 @@
 """Windows of a corpus as batches, in seeded order: of tokens alone, or of whole documents with their images.
 
-Top of the data package.  `make_samples` gives the windows, `train_batch` and `validation_batches` the batches.  A batch
-is a function of (seed, step) alone; nothing is shuffled in memory, and images alone are read ahead.
+A batch is a function of (seed, step) alone; nothing is shuffled in memory, and images alone are read ahead.
 """
 
 import math

@@ -31,7 +31,6 @@ class File(NamedTuple):
     path: Path
     size: int  # bytes
     mtime_ns: int
-    lenient: bool  # skip it silently if it is not UTF-8
 
 
 class Document(NamedTuple):
@@ -63,8 +62,7 @@ def find_files(sources: Sequence[str]) -> tuple[list[File], list[str]]:
                 problems.append(unreadable(path, error))
                 continue
             name, size = path.relative_to(root).as_posix(), size + stat.st_size
-            found.setdefault(os.path.realpath(path), File(name, path, stat.st_size, stat.st_mtime_ns,
-                                                          lenient=source == "stdlib"))
+            found.setdefault(os.path.realpath(path), File(name, path, stat.st_size, stat.st_mtime_ns))
         if len(problems) == before and not size:
             problems.append("a source must be a file, a folder, a glob or the word stdlib, and hold text; "
                             f"{source!r} {'is of empty files' if paths else 'matches no file'} (hidden ones do not "
@@ -134,9 +132,8 @@ def whole_file(file: File, problems: list[str]) -> Iterator[Parts]:
     try:
         yield (file.path.read_bytes().decode(),)
     except UnicodeDecodeError as error:
-        if not file.lenient:
-            problems.append(f"every text file must be UTF-8; {file.path} has byte 0x{error.object[error.start]:02x} at "
-                            f"byte offset {error.start}; convert it (iconv -t utf-8), or name the text files by a glob")
+        problems.append(f"every text file must be UTF-8; {file.path} has byte 0x{error.object[error.start]:02x} at "
+                        f"byte offset {error.start}; convert it (iconv -t utf-8), or name the text files by a glob")
 
 
 def json_lines(open_lines: Callable[[Path], Any], file: File, problems: list[str]) -> Iterator[Parts]:

@@ -60,9 +60,7 @@ class FileTokenizer:
     """A tokenizer.json, with what its folder says of special tokens, ends and chats.
 
     Special tokens that are spelt out in a text become their ids; `special` has them by name, "bos_token" and so on.
-    `eot` is the eos_token, else the first eos_token_id of generation_config.json; None if neither is there.  `image` is
-    the token <image>; None if there is none.
-
+    `eot` is the eos_token, else the first eos_token_id of generation_config.json, else None; `image` may be None too.
     Raises ConfigError: the package tokenizers is not installed, or all that is wrong with the files.
     """
 
@@ -118,16 +116,17 @@ class FileTokenizer:
 
     def encode(self, text: str) -> UInt[np.ndarray, " T"]:
         """The ids of `text` alone.  What UTF-8 cannot hold (half a surrogate pair) becomes `?`."""
-        return np.array(self.library.encode(whole(text), add_special_tokens=False).ids, self.dtype)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each, on all cores."""
-        found = self.library.encode_batch_fast([whole(text) for text in texts], add_special_tokens=False)
-        return [np.array(one.ids, self.dtype) for one in found]
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        return [np.array(one.ids, self.dtype)
+                for one in self.library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prompt(self, text: str) -> UInt[np.ndarray, " T"]:
         """The ids of `text` with the special tokens that its model expects around it, such as a bos token."""
-        return np.array(self.library.encode(whole(text)).ids, self.dtype)
+        return np.array(self.library.encode(text.encode("utf-8", "replace").decode()).ids, self.dtype)
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt[np.ndarray, " T"]:
         """The ids of messages such as `{"role": "user", "content": "…"}`, up to where the model is to answer.
@@ -171,11 +170,8 @@ Tokenizer = ByteTokenizer | FileTokenizer
 def open_tokenizer(name: str, vocab: int | None = None) -> Tokenizer:
     """The tokenizer that data.tokenizer names: "bytes", or the path of a tokenizer.json or of its folder.
 
-    Raises ConfigError: no name, no such file, a file that cannot be used, or more ids than `vocab`, model.vocab.
+    Raises ConfigError: no such file, a file that cannot be used, or more ids than `vocab`, model.vocab.
     """
-    if not name:
-        raise ConfigError(["text needs a tokenizer; data.tokenizer is empty, which is none; "
-                           f"set it to bytes, or to the path of a {TOKENIZER_FILE}"])
     tokenizer = ByteTokenizer() if name == "bytes" else FileTokenizer(tokenizer_path(name))
     if vocab is not None and tokenizer.size > vocab:
         raise ConfigError([f"model.vocab must hold the tokenizer's ids; got {vocab} and {tokenizer.size} "
@@ -187,10 +183,9 @@ def tokenizer_path(name: str) -> Path:
     """The tokenizer.json that a name other than "bytes" stands for.  Raises ConfigError where there is none."""
     path = Path(os.path.expanduser(name))
     file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.is_file():
-        what = f"is a folder without {TOKENIZER_FILE}" if path.is_dir() else "is neither a file nor a folder"
-        raise ConfigError([f"data.tokenizer is bytes, or the path of a {TOKENIZER_FILE} or of its folder; {name!r} "
-                           f"{what}; correct it (relative paths start at {os.getcwd()})"])
+    if not name or not file.is_file():
+        raise ConfigError([f"text needs a tokenizer: data.tokenizer is bytes, or the path of a {TOKENIZER_FILE} or of "
+                           f"its folder; {name!r} is none; correct it (relative paths start at {os.getcwd()})"])
     return file
 
 
@@ -218,10 +213,6 @@ def token_text(token: Any) -> str | None:
     """A special token is written as its text, or as an object that holds it."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-def whole(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
 
 
 def sandbox() -> Any:

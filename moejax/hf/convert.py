@@ -1,8 +1,4 @@
-"""Published checkpoints in and out: safetensors files, tensor by tensor, straight onto the devices of a mesh.
-
-What the tables of names.py say of a tensor gives its permutation: a dimension there is one axis of our weight or
-several, and the rest is sorting them.
-"""
+"""Published checkpoints in and out: safetensors files, tensor by tensor, straight onto the devices of a mesh."""
 
 import json
 import math
@@ -168,7 +164,7 @@ class Checkpoint:
         def read(ranges: Mapping[str, range]) -> np.ndarray:
             # Zeros, and they stay so in the balancing bias of a router that has none.
             out = host_array(tuple(map(len, ranges.values())), np.float32)
-            list(pool.map(lambda part: self.fill(out, ranges, *part, sharded.config.model), parts))
+            list(pool.map(lambda part: self.fill(out, ranges, *part), parts))
             return out
 
         for device, index in held.items():
@@ -187,8 +183,7 @@ class Checkpoint:
         return jax.make_array_from_single_device_arrays(shape, sharding, [
             jax.device_put(made[str(index)], device) for device, index in held.items()])
 
-    def fill(self, out: np.ndarray, ranges: Mapping[str, range], name: str, tensor: Tensor,
-             model: configs.Model) -> None:
+    def fill(self, out: np.ndarray, ranges: Mapping[str, range], name: str, tensor: Tensor) -> None:
         """The part of our block, of these ranges, that one tensor holds."""
         order, file, at, cuts = tensor.order(), self.files[name], [], {}
         for axis, held in ranges.items():
@@ -199,8 +194,7 @@ class Checkpoint:
             at.append(slice(begin - held.start, end - held.start) if axis in order else begin - held.start)
             cuts[axis] = slice(begin - there.start, end - there.start)
         value = file.view(name).reshape([len(tensor.part[axis]) for axis in order])
-        if axis := marked(tensor.entry):
-            cuts[axis] = halves(value.shape[order.index(axis)], model)[cuts[axis]]
+        cuts |= {axis: places[cuts[axis]] for axis, places in pairs(tensor, self.model).items()}
         value = value[tuple(cuts[axis] for axis in order)]
         copy(out[tuple(at)], value.transpose([order.index(axis) for axis in ranges if axis in order]))
         file.leave(name)
@@ -214,9 +208,9 @@ def entries_of(published: Mapping[str, Any], names: Iterable[str] = ()) -> tuple
         entries = tuple(entry._replace(there=entry.there.removeprefix(SEES)) for entry in entries)
     if not published.get("rope_interleave", True):
         entries = tuple(entry._replace(axes=entry.axes.replace("~", "")) for entry in entries)
-    counts = {entry.rows: [values.get(key) or 0 for key in entry.rows.split()] for entry in entries if entry.rows}
-    return tuple(entry._replace(rows=range(sum(counts[entry.rows][:-1]), sum(counts[entry.rows])))
-                 if entry.rows else entry for entry in entries)
+    count, more = (values.get(key) or 0 for key in ("vocab_size", "additional_vocab_size"))
+    rows = {"vocab_size": range(count), "additional_vocab_size": range(count, count + more)}
+    return tuple(entry._replace(rows=rows.get(entry.rows)) for entry in entries)
 
 
 def alone(config: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -251,16 +245,13 @@ def groups(axes: str) -> list[list[str]]:
     return [[] if part == "1" else part.strip("()").split() for part in parts]
 
 
-def marked(entry: Entry) -> str | None:
-    """The axis marked ~, which ends in pairs of neighbours where our weight has halves."""
-    found = re.search(r"(\w+)~", entry.axes)
-    return found and found[1]
-
-
-def halves(size: int, model: configs.Model) -> np.ndarray:
-    """Where the entries of such an axis of our weight are in the tensor."""
-    first = size - model.latent[2]
-    return np.r_[:first, first:size:2, first + 1:size:2]  # … 0 2 4 … 1 3 5 …
+def pairs(tensor: Tensor, model: configs.Model) -> dict[str, np.ndarray]:
+    """Of an axis marked ~: where the entries of our weight are in the tensor, which ends in pairs of neighbours."""
+    found = {}
+    for axis in re.findall(r"(\w+)~", tensor.entry.axes):
+        size, turned = len(tensor.part[axis]), model.latent[2]
+        found[axis] = np.r_[:size - turned, size - turned:size:2, size - turned + 1:size:2]  # … 0 2 4 … 1 3 5 …
+    return found
 
 
 def copy(out: np.ndarray, value: np.ndarray) -> None:
@@ -336,22 +327,23 @@ def family_of(model: configs.Model, longest: int) -> dict[str, Any]:
 
 def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, published: dict[str, Any],
            dtypes: Mapping[str, str], default: str) -> dict[str, Any]:
-    """Write a model as a checkpoint of a family: files of at most SHARD bytes, and `published` as config.json, whose
-    model_type names the family.  The dtypes are keys of DTYPES, by tensor.  Returns {"tensors": number, "bytes": of
-    all}.  Raises ConfigError where a number is too large for float16.
+    """A model as files of at most SHARD bytes, and `published` as config.json, whose model_type names the family.
+
+    The dtypes are keys of DTYPES, by tensor.  Returns {"tensors": number, "bytes": of all}.  Raises ConfigError where a
+    number is too large for float16.
     """
     wanted = tensors(entries_of(published, dtypes), sharded)
-    sizes = {name: math.prod(one.shape()) * DTYPES[dtypes.get(name, default)].itemsize for name, one in wanted.items()}
-    large = {name: float(jnp.max(jnp.abs(weights[name]))) for name in sorted(
-        {one.weight for key, one in wanted.items() if dtypes.get(key, default) == "F16"})}
-    problems = [f"float16 holds numbers below {FLOAT16}; {name} goes up to {most:.6g}; export as bfloat16 or float32"
-                for name, most in large.items() if FLOAT16 <= most < math.inf]
-    if problems:
+    kinds = {name: dtypes.get(name, default) for name in wanted}
+    sizes = {name: math.prod(one.shape()) * DTYPES[kinds[name]].itemsize for name, one in wanted.items()}
+    large = {name: float(jnp.max(jnp.abs(weights[name])))
+             for name in sorted({one.weight for key, one in wanted.items() if kinds[key] == "F16"})}
+    if problems := [f"float16 holds numbers below {FLOAT16}; {name} goes up to {most:.6g}; export as bfloat16 or "
+                    "float32" for name, most in large.items() if FLOAT16 <= most < math.inf]:
         raise ConfigError(problems)
     files, where = list(shards(sizes, SHARD)), {}
     for i, names in enumerate(files, 1):
         path = folder / ("model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors")
-        write(path, {name: (dtypes.get(name, default), wanted[name].shape()) for name in names},
+        write(path, {name: (kinds[name], wanted[name].shape()) for name in names},
               lambda name: fetch(weights, wanted[name], sharded.config.model))
         where |= dict.fromkeys(names, path.name)
     if len(files) > 1:
@@ -368,9 +360,8 @@ def fetch(weights: Mapping[str, Array], tensor: Tensor, model: configs.Model) ->
         slice(one.start, one.stop) if axis in order else one.start for axis, one in part.items())])
     held = [axis for axis in part if axis in order]
     value = value.transpose([held.index(axis) for axis in order])
-    if axis := marked(tensor.entry):
-        at = order.index(axis)
-        value = np.take(value, np.argsort(halves(value.shape[at], model)), at)
+    for axis, places in pairs(tensor, model).items():
+        value = np.take(value, np.argsort(places), order.index(axis))
     out = np.zeros(value.shape, np.float32)
     copy(out, value)
     return out.reshape(tensor.shape())

@@ -7,7 +7,6 @@ family needs is a value in the config.
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moejax.config import CROSSED, Model
@@ -28,7 +27,7 @@ class Entry(NamedTuple):
     here: str
     axes: str
     gate: int | None = None  # the tensor is this one of the matrices into the hidden layer
-    rows: str | range | None = None  # of ours, first axis: keys of config.json count them, the last, and those before
+    rows: str | range | None = None  # of ours, along the first axis: those that this key of config.json counts
 
 
 def both(there: str, here: str, axes: str, bias: str = "norm", gate: int | None = None) -> tuple[Entry, Entry]:
@@ -106,7 +105,7 @@ IDEFICS = (
     *(entry for entry in OUTSIDE if entry.here not in ("embedding", "head")), *ATTENTION, *DENSE,
     *(Entry(f"{there}{part}.weight", here, "vocab embed", rows=rows)
       for there, here, more in (("model.embed_tokens", "embedding", "embedding"), ("lm_head", "head", "fc"))
-      for part, rows in (("", "vocab_size"), (f".additional_{more}", "vocab_size additional_vocab_size"))),
+      for part, rows in (("", "vocab_size"), (f".additional_{more}", "additional_vocab_size"))),
     *seeing("model.vision_model."),
     *norm(CROSS + "input_layernorm", "norm"), *norm(CROSS + "post_attention_layernorm", "feed_norm"),
     *attention(CROSS + "cross_attn."), *mlp(CROSS + "mlp.", "mlp."),
@@ -126,7 +125,7 @@ class Family(NamedTuple):
     architecture: str
     entries: tuple[Entry, ...]
     read: Callable[[Reader], dict[str, Any]]
-    silent: Mapping[str, Any] = MappingProxyType({})  # what it means that a config lacks a key, where not null
+    silent: Mapping[str, Any] = {}  # what it means that a config lacks a key, where not null
 
     def reader(self, published: Mapping[str, Any], inside: str = "") -> Reader:
         return Reader({**self.silent, **published}, inside)
@@ -141,14 +140,11 @@ def model_of(family: Family, read: Reader) -> Model:
     if family.encoder():
         return Model(layers=0, **family.read(read))
     heads, width = read.require("num_attention_heads"), read.require("hidden_size")
-    act = read("hidden_act", "silu")
-    if act not in ACTIVATIONS:
-        read.problems.append(f"hidden_act can be {', '.join(ACTIVATIONS)} here; config.json has {act!r}")
     theta, scaling = reading.rope(read)
     return Model(**dict(
         layers=read.require("num_hidden_layers"), pattern="D", d_model=width, heads=heads,
         kv_heads=read("num_key_value_heads", heads), head_dim=read("head_dim", width // heads),
-        hidden=read.require("intermediate_size"), activation=ACTIVATIONS.get(act, "swiglu"),
+        hidden=read.require("intermediate_size"), activation=ACTIVATIONS[read.only("hidden_act", *ACTIVATIONS)],
         norm_eps=read("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
         vocab=read.require("vocab_size"), tied=read("tie_word_embeddings", False)) | family.read(read))
 
@@ -193,8 +189,7 @@ WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # with a
 
 def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
     """A config.json for a model and `longest` tokens at most; reading it back says how far the family expresses it."""
-    moe, kinds, shared = model.moe, model.layer_kinds(), model.moe.shared
-    first = kinds.index("M") if "M" in kinds else len(kinds)
+    moe, kinds = model.moe, model.layer_kinds()
     latent_ = model.latent or (0, 0, model.head_dim, model.head_dim)
     scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
     kind, numbers = model.rope()
@@ -214,9 +209,9 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
         "num_experts_per_tok": moe.active, "moe_intermediate_size": moe.hidden, "norm_topk_prob": moe.renormalise,
         "router_aux_loss_coef": moe.balance_loss, "input_jitter_noise": moe.jitter,
         "router_jitter_noise": moe.mixer_gap if family.read is reading.phimoe else moe.jitter,
-        "shared_expert_intermediate_size": shared, "n_shared_experts": shared // moe.hidden,
+        "shared_expert_intermediate_size": moe.shared, "n_shared_experts": moe.shared // moe.hidden,
         "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "D"], "decoder_sparse_step": 1,
-        "first_k_dense_replace": first, "n_group": moe.expert_groups, "topk_group": moe.active_groups,
+        "first_k_dense_replace": f"{kinds}M".index("M"), "n_group": moe.expert_groups, "topk_group": moe.active_groups,
         "routed_scaling_factor": moe.scale, "q_lora_rank": latent_[0] or None, "kv_lora_rank": latent_[1],
         "qk_rope_head_dim": latent_[2], "qk_nope_head_dim": model.head_dim - latent_[2], "v_head_dim": latent_[3],
         "rope_interleave": True, "clip_qkv": model.qkv_limit, "swiglu_alpha": model.clamp[0],
@@ -224,31 +219,29 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
         "attention_multiplier": scale[2] or model.head_dim**-0.5, "logits_scaling": 1 / scale[3]}
     read = family.reader(every := every | sight(model, family))
     model_of(family, read)
-    asked = read.asked | ({"rope_interleave"} if model.latent else set())
-    return {key: value for key, value in every.items() if key in asked}
+    return {key: value for key, value in every.items() if key in read.asked}
 
 
 def sight(model: Model, family: Family) -> dict[str, Any]:
     """What a config.json says of images."""
-    told, look, letters = model.encoder(), model.looks(), model.layer_letters()
-    found = {} if told is None else {
+    told, look = model.encoder(), model.looks()
+    if told is None or not (family.encoder() or (family.read is reading.idefics and look)):
+        return {}
+    found = {
         "hidden_size": told.width, "intermediate_size": told.hidden, "num_hidden_layers": told.layers,
         "num_attention_heads": told.heads, "num_channels": 3, "image_size": told.size, "patch_size": told.patch,
         "hidden_act": next(name for name, ours in ENCODER_ACTIVATIONS.items() if ours == told.act),
-        "layer_norm_eps": told.eps, "vision_use_head": bool(told.pool)}
+        "layer_norm_eps": told.eps}
     if family.encoder():
-        return found
-    if family.read is not reading.idefics or told is None or look is None:
-        return {}
-    crossed = [i for i, letter in enumerate(letters) if letter in CROSSED]
+        return found | {"vision_use_head": bool(told.pool)}
     perceiver = {} if not look.latents else {
         "resampler_n_latents": look.latents, "resampler_depth": look.depth, "resampler_n_heads": look.heads,
         "resampler_head_dim": look.head, "qk_layer_norms_perceiver": look.latent_norm == "head"}
-    found = {"embed_dim" if key == "hidden_size" else key: found[key] for key in found if key != "vision_use_head"}
+    found["embed_dim"] = found.pop("hidden_size")
+    crossed = [i for i, letter in enumerate(model.layer_letters()) if letter in CROSSED]
     return {"additional_vocab_size": 0, "vision_config": found, "perceiver_config": perceiver,
-            "cross_layer_interval": crossed[1] if len(crossed) > 1 else model.layers,
-            "alpha_type": "vector" if look.gate == "vector" else "float", "qk_layer_norms": look.norm == "head",
-            "use_resampler": look.latents > 0}
+            "cross_layer_interval": [*crossed, model.layers, model.layers][1], "use_resampler": look.latents > 0,
+            "alpha_type": "vector" if look.gate == "vector" else "float", "qk_layer_norms": look.norm == "head"}
 
 
 def rope_parameters(model: Model) -> dict[str, Any]:

@@ -43,11 +43,13 @@ class Reader:
             self.problem(f"config.json must hold {self.inside}{key}; it does not")
         return self(key, kind(1))
 
-    def only(self, key: str, *right: Any) -> None:
-        """The first value is the default."""
-        value = self(key, right[0])
-        if value not in right:
-            self.problem(f"{key} can be {' or '.join(map(repr, right))} here; config.json has {value!r}")
+    def only(self, key: str, default: Any, *others: Any) -> Any:
+        """One of these values: another is a problem, and the default."""
+        value, right = self(key, default), dict.fromkeys((default, *others))
+        if value in right:
+            return value
+        self.problem(f"{self.inside}{key} can be {' or '.join(map(repr, right))} here; config.json has {value!r}")
+        return default
 
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
@@ -189,6 +191,7 @@ def deepseek_v3(read: Reader) -> dict[str, Any]:
     first, heads = read("first_k_dense_replace", 3), read.require("num_attention_heads")
     still, turned = read("qk_nope_head_dim", 128), read("qk_rope_head_dim", 64)
     read.only("num_key_value_heads", heads)
+    read("rope_interleave", True)  # which decides the names of axes
     if "topk_method" in read.values:
         read.only("topk_method", "noaux_tc")
         read.only("scoring_func", "sigmoid")
@@ -208,14 +211,12 @@ def deepseek_v3(read: Reader) -> dict[str, Any]:
 
 def encoder(read: Reader, kind: str, usual: Mapping[str, Any], more: str = "") -> str:
     """Our text of an image encoder."""
-    act, names = read("hidden_act", usual["hidden_act"]), {
+    act, names = read.only("hidden_act", usual["hidden_act"], *ENCODER_ACTIVATIONS), {
         "size": "image_size", "patch": "patch_size", "width": "hidden_size", "layers": "num_hidden_layers",
         "heads": "num_attention_heads", "hidden": "intermediate_size", "eps": "layer_norm_eps"}
-    if act not in ENCODER_ACTIVATIONS:
-        read.problem(f"{read.inside}hidden_act can be {', '.join(ENCODER_ACTIVATIONS)} here; config.json has {act!r}")
     read.only("num_channels", 3)
     return " ".join([kind, *(f"{name}={read(key, usual[key])!r}" for name, key in names.items()),
-                     f"act={ENCODER_ACTIVATIONS.get(act, 'gelu')}{more}"])
+                     f"act={ENCODER_ACTIVATIONS[act]}{more}"])
 
 
 def clip(read: Reader) -> dict[str, Any]:
@@ -230,20 +231,15 @@ def idefics(read: Reader) -> dict[str, Any]:
     """Flamingo's successor: the images that its processor lets a token see are the last before it."""
     every, count, heads = read("cross_layer_interval", 1), read("num_hidden_layers", 1), read("num_attention_heads", 1)
     width, norms = read("hidden_size", 1), {True: "head", False: "none"}
-    if count % every:
-        read.problem(f"cross_layer_interval must divide num_hidden_layers here; config.json has {every} and {count}")
-    if width % heads:
-        read.problem(f"num_attention_heads must divide hidden_size; config.json has {heads} and {width}")
-    read.only("alpha_type", "float", "vector")
     found = read("vision_config", {})
     seen = Reader(found | {"hidden_size": found.get("embed_dim")}, "vision_config.", read.problems)
     inner = Reader(read("perceiver_config", {}), "perceiver_config.", read.problems)
-    look = (f"last feed=every gate={'vector' if read('alpha_type', 'float') == 'vector' else 'number'} "
-            f"norm={norms[read('qk_layer_norms', False)]}")
+    gate = {"float": "number", "vector": "vector"}[read.only("alpha_type", "float", "vector")]
+    look = f"last feed=every gate={gate} norm={norms[read('qk_layer_norms', False)]}"
     if read("use_resampler", False):
         look += (f" latents={inner('resampler_n_latents', 64)} depth={inner('resampler_depth', 6)} "
                  f"heads={inner('resampler_n_heads', 16)} head={inner('resampler_head_dim', 96)} "
                  f"latent_norm={norms[inner('qk_layer_norms_perceiver', False)]}")
-    return {"pattern": shortest(("W" + "D" * (every - 1)) * max(count // every, 1)), "kv_heads": heads,
+    return {"pattern": shortest((("W" + "D" * (min(every, count) - 1)) * count)[:count]), "kv_heads": heads,
             "head_dim": width // heads, "vocab": read.require("vocab_size") + read("additional_vocab_size", 0),
             "vision": encoder(seen, "clip", IDEFICS, " fit=squash"), "cross": look}

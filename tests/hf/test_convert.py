@@ -211,7 +211,7 @@ def test_values_of_the_wrong_kind(wrong, published, refused):
 
 @pytest.mark.parametrize(("name", "change", "problems"), [
     ("llama", {"hidden_act": "gelu"},
-     ["hidden_act can be silu, swish, gelu_pytorch_tanh, gelu_new here; config.json has 'gelu'"]),
+     ["hidden_act can be 'silu' or 'swish' or 'gelu_pytorch_tanh' or 'gelu_new' here; config.json has 'gelu'"]),
     ("mistral", {"layer_types": ["full_attention"] * 3},
      ["layer_types can be sliding_attention or full_attention for each layer; config.json has ['full_attention', "
       "'full_attention', 'full_attention']"]),
