@@ -167,8 +167,7 @@ def read_images(names: Sequence[str | Path], size: int, fit: str, frames: int, r
 class Decoders:
     """Up to WORKERS processes that decode, each started when first needed.
 
-    They run this file alone and end when their input does: those of concurrent.futures run the main program again and
-    may outlive it.
+    They run this file alone, not the main program as those of concurrent.futures do, and end when their input does.
     """
 
     def __init__(self):

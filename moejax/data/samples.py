@@ -34,9 +34,8 @@ class Samples:
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.sequence
 
-    def rows(self, indices: Integer[np.ndarray, " B"]) -> Batch:
+    def rows(self, indices: Rows) -> Batch:
         """The samples of any global indices; each depends on its own index alone."""
-        indices = indices.astype(np.int64)
         return self.windows(self.order(indices), np.ones(len(indices), np.float32), indices)
 
     def order(self, indices: Rows) -> Rows:
@@ -50,7 +49,7 @@ class Samples:
         return Batch(tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32),
                      np.repeat(weights[:, None], self.sequence, axis=1), (indices % 2**31).astype(np.int32))
 
-    def ahead(self, indices: Integer[np.ndarray, " B"]) -> None:
+    def ahead(self, indices: Rows) -> None:
         """Begins with what takes long of samples that are wanted soon."""
 
     def close(self) -> None:
@@ -137,9 +136,9 @@ class ImageSamples(Samples):
                 self.waiting[ref] = self.decoders.submit(ref, *self.how)
         return refs
 
-    def ahead(self, indices: Integer[np.ndarray, " B"]) -> None:
+    def ahead(self, indices: Rows) -> None:
         """Begins to decode the images of samples; those of the oldest calls are given up if nobody takes them."""
-        self.begin(self.order(indices.astype(np.int64)))
+        self.begin(self.order(indices))
         while len(self.waiting) > AHEAD * len(indices) * self.most:
             self.waiting.pop(next(iter(self.waiting))).cancel()
 

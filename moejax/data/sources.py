@@ -46,9 +46,8 @@ class Document(NamedTuple):
 def find_files(sources: Sequence[str]) -> tuple[list[File], list[str]]:
     """Every file that the sources name, once each and sorted by name, and the problems met.
 
-    Sources are files, folders (all that is below, except hidden files and links to folders), globs (`**` goes into
-    folders), or the word "stdlib": the running Python's standard library without its tests.  Images in folders are
-    passed over: the .jsonl and .tar beside them name them.
+    Sources are files, folders (all below, but hidden files and links to folders), globs (`**` goes into folders), or
+    "stdlib": Python's standard library without its tests.  Images are passed over: .jsonl and .tar files name them.
     """
     found: dict[str, File] = {}
     problems = [] if sources else ["data.sources must name at least one source; got none; set data.sources=stdlib"]

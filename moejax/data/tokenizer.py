@@ -1,6 +1,4 @@
-"""Text to token ids and back.
-
-Bottom of the data package.  `open_tokenizer` gives the bytes of UTF-8, or the `tokenizer.json` of a file.  Both have
+"""Text to token ids and back: `open_tokenizer` gives the bytes of UTF-8, or the `tokenizer.json` of a file.  Both have
 
 - `size` (ids of text are below it), `eot` (the id that ends a document), `ends` (those that end what a model says),
   `image` (the id that stands where an image is) and `identity`, a text that differs where ids may differ;
@@ -168,10 +166,7 @@ Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def open_tokenizer(name: str, vocab: int | None = None) -> Tokenizer:
-    """The tokenizer that data.tokenizer names: "bytes", or the path of a tokenizer.json or of its folder.
-
-    Raises ConfigError: no such file, a file that cannot be used, or more ids than `vocab`, model.vocab.
-    """
+    """That of data.tokenizer.  Raises ConfigError: none, one that cannot be used, or more ids than `vocab`."""
     tokenizer = ByteTokenizer() if name == "bytes" else FileTokenizer(tokenizer_path(name))
     if vocab is not None and tokenizer.size > vocab:
         raise ConfigError([f"model.vocab must hold the tokenizer's ids; got {vocab} and {tokenizer.size} "

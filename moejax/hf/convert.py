@@ -167,19 +167,18 @@ class Checkpoint:
             list(pool.map(lambda part: self.fill(out, ranges, *part), parts))
             return out
 
-        for device, index in held.items():
-            if str(index) in made:  # another device holds the same
-                continue
+        distinct = {str(index): (index, device) for device, index in held.items()}  # several devices may hold the same
+        for key, (index, device) in distinct.items():
             ranges = {axis: range(*one.indices(size))
                       for axis, one, size in zip(rules.names(sharded.axes[weight]), index, shape, strict=True)}
             if device.platform in IN_PLACE or "layer" not in ranges:
-                made[str(index)] = read(ranges)
+                made[key] = read(ranges)
                 continue
             out = jnp.zeros([len(one) for one in ranges.values()], jnp.float32, device=device)
             for at, layer in enumerate(ranges["layer"]):  # each is gone from the host before the next is read
                 one = jax.device_put(read(ranges | {"layer": range(layer, layer + 1)}), device)
                 out = put(out, jax.block_until_ready(one), at)
-            made[str(index)] = out
+            made[key] = out
         return jax.make_array_from_single_device_arrays(shape, sharding, [
             jax.device_put(made[str(index)], device) for device, index in held.items()])
 

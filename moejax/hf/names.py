@@ -1,8 +1,7 @@
 """Families of published checkpoints: a table from their tensors to our weights, and the way back of their config.
 
 An `Entry` names the dimensions of a tensor by the axes of our weight (model/weights.py), so that the permutation
-follows from the two; several axes in brackets share a dimension.  The model never asks for a family's name: what a
-family needs is a value in the config.
+follows from the two; several axes in brackets share a dimension.
 """
 
 from collections.abc import Callable, Mapping

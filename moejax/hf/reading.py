@@ -192,9 +192,8 @@ def deepseek_v3(read: Reader) -> dict[str, Any]:
     still, turned = read("qk_nope_head_dim", 128), read("qk_rope_head_dim", 64)
     read.only("num_key_value_heads", heads)
     read("rope_interleave", True)  # which decides the names of axes
-    if "topk_method" in read.values:
-        read.only("topk_method", "noaux_tc")
-        read.only("scoring_func", "sigmoid")
+    read.only("topk_method", "noaux_tc")
+    read.only("scoring_func", "sigmoid")
     found, scale = rope_reader(read), 0.0
     if found("rope_type", found("type", "default")) != "default" and (whole := found("mscale_all_dim", 0.0)):
         scale = (still + turned) ** -0.5 * yarn_factor(found.require("factor", float), whole) ** 2
@@ -234,12 +233,14 @@ def idefics(read: Reader) -> dict[str, Any]:
     found = read("vision_config", {})
     seen = Reader(found | {"hidden_size": found.get("embed_dim")}, "vision_config.", read.problems)
     inner = Reader(read("perceiver_config", {}), "perceiver_config.", read.problems)
+    if count % every:
+        read.problem(f"cross_layer_interval must divide num_hidden_layers here; config.json has {every} and {count}")
     gate = {"float": "number", "vector": "vector"}[read.only("alpha_type", "float", "vector")]
     look = f"last feed=every gate={gate} norm={norms[read('qk_layer_norms', False)]}"
     if read("use_resampler", False):
         look += (f" latents={inner('resampler_n_latents', 64)} depth={inner('resampler_depth', 6)} "
                  f"heads={inner('resampler_n_heads', 16)} head={inner('resampler_head_dim', 96)} "
                  f"latent_norm={norms[inner('qk_layer_norms_perceiver', False)]}")
-    return {"pattern": shortest((("W" + "D" * (min(every, count) - 1)) * count)[:count]), "kv_heads": heads,
+    return {"pattern": shortest(("W" + "D" * (every - 1)) * max(count // every, 1)), "kv_heads": heads,
             "head_dim": width // heads, "vocab": read.require("vocab_size") + read("additional_vocab_size", 0),
             "vision": encoder(seen, "clip", IDEFICS, " fit=squash"), "cross": look}

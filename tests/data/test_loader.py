@@ -146,7 +146,6 @@ def test_rows_name_the_sample():
     samples = Samples(np.arange(100), 4, seed=1)
     assert train_batch(samples, 3, 5).rows.tolist() == [15, 16, 17]
     assert samples.rows(np.array([2**31 - 1, 2**31 + 5])).rows.tolist() == [2**31 - 1, 5]
-    assert same(samples.rows(np.array([3], np.uint8)), samples.rows(np.array([3])))
 
 
 @pytest.mark.parametrize(("size", "count", "batches", "counted"), [(4, 2, 2, 8), (4, 3, 3, 10), (4, 9, 3, 10),

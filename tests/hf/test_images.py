@@ -304,7 +304,9 @@ def changed(tmp_path):
 
 def test_wrong_values_in_the_config(changed):
     assert changed("idefics", vision_config={"hidden_act": "tanh", "image_size": [28, 28], "layer_norm_eps": "small"},
-                   perceiver_config={"resampler_depth": 0}, alpha_type="matrix", qk_layer_norms=1) == [
+                   perceiver_config={"resampler_depth": 0}, alpha_type="matrix", qk_layer_norms=1,
+                   cross_layer_interval=3) == [
+        "cross_layer_interval must divide num_hidden_layers here; config.json has 3 and 4",
         "alpha_type can be 'float' or 'vector' here; config.json has 'matrix'",
         "config.json must hold true or false, as qk_layer_norms; it has 1",
         "config.json must hold a whole number, 1 or more, as perceiver_config.resampler_depth; it has 0",
