@@ -130,7 +130,7 @@ def build_cache(config: Data, tokenizer: Tokenizer, files: Sequence[File], probl
 
 def write_tokens(config: Data, tokenizer: Tokenizer, texts: Iterator[Document], folder: Path,
                  threshold: int) -> tuple[dict[str, Any], int]:
-    """Fills `folder`; returns its meta.json and the smallest hash.  Of a hash below `threshold` is what validates."""
+    """Fills `folder`; returns its meta.json and the smallest hash.  Documents of a hash below `threshold` validate."""
     folder.mkdir()
     writers = [Writer(folder, part, tokenizer) for part in PARTS]
     lowest, lengths = 2**64, array("q")
@@ -176,7 +176,7 @@ class Writer:
         self.waiting, self.lines = bytearray(), bytearray()  # not in the files yet
 
     def write(self, document: Document, encoded: Iterator[np.ndarray]) -> int:
-        """The number of tokens of a document, whose texts are the next of `encoded`."""
+        """Appends a document, whose texts are the next of `encoded`; returns how many tokens it has."""
         before = self.tokens
         for part in (*document.parts, None):
             if part is None:
