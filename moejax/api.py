@@ -226,7 +226,7 @@ def export_run(run_dir: str | Path, folder: str | Path, dtype: str | None = None
     model = load(run_dir, overrides)
     published, dtypes = origin(run_dir, model.config.model)
     if not published:
-        published = convert.family_of(model.config.model, model.config.data.sequence)[1] | {"dtype": "float32"}
+        published = convert.family_of(model.config.model, model.config.data.sequence) | {"dtype": "float32"}
     if dtype is not None:
         published = {key: value for key, value in published.items() if key != "torch_dtype"} | {"dtype": dtype}
         dtypes = dict.fromkeys(dtypes, kinds[dtype])
@@ -247,7 +247,7 @@ def origin(run_dir: Path, model: configs.Model) -> tuple[dict[str, Any], dict[st
     if not (isinstance(published, dict) and isinstance(dtypes, dict) and str(published.get("model_type")) in FAMILIES):
         raise ConfigError([f"{run_dir / convert.ORIGIN} holds the config and dtypes of a checkpoint, as an "
                            "import wrote them; it does not; import the checkpoint again"])
-    return (published, dtypes) if convert.expresses(published, model) else ({}, {})
+    return ({}, {}) if convert.lacks(published, model) else (published, dtypes)
 
 
 @contextmanager

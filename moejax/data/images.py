@@ -1,8 +1,4 @@
-"""Files of images and videos to square arrays of pixels, in this process or in others beside it.
-
-Bottom of the data package.  `decode` reads one file, `read_images` several for generation; `Decoders` are the
-processes that decode for training.  Files come from anywhere: what cannot be used is a reason, never an exception.
-"""
+"""Files of images and videos to square arrays of pixels; what cannot be used is a reason, never an exception."""
 
 import contextlib
 import io
@@ -28,7 +24,6 @@ VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no others: some of Pillow's run programs
 FILMS = {"format_whitelist": "mov,matroska,avi"}  # no others: playlists name further files
 PIXELS = 2**26  # of one picture or frame; more is taken for an attack
-BYTES = 2**30  # of one file that is read as a whole
 SKIP = 10.0  # seconds of a video from which on to jump is quicker than to decode
 WORKERS = 4  # processes at most
 DIED = (OSError, EOFError, pickle.UnpicklingError)  # what one that has died makes of an exchange
@@ -52,15 +47,12 @@ def decode(ref: Ref, size: int, fit: str, frames: int, rate: float) -> Pixels | 
             return "there is no such file"
         with open(ref.path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about files that it can read nevertheless
-            if ref.video and ref.size < 0:
-                return film(file, size, fit, frames, rate)
-            file.seek(ref.offset)
-            data = file.read(min(ref.size, BYTES + 1) if ref.size >= 0 else BYTES + 1)
-            if len(data) > BYTES:
-                return f"it has more than {BYTES} bytes"
-            if len(data) < ref.size:
-                return "the .tar ends in the middle of it"
-            source = io.BytesIO(data)
+            source = file
+            if ref.size >= 0:
+                file.seek(ref.offset)
+                source = io.BytesIO(file.read(ref.size))
+                if len(source.getbuffer()) < ref.size:
+                    return "the .tar ends in the middle of it"
             return film(source, size, fit, frames, rate) if ref.video else picture(source, size, fit)[None]
     except UnidentifiedImageError:
         return f"it is not a picture ({', '.join(FORMATS)})"
@@ -122,11 +114,9 @@ def film(source: io.BufferedIOBase, size: int, fit: str, frames: int, rate: floa
     except av.FFmpegError:
         return f"it is not a video ({', '.join(ending[1:] for ending in VIDEOS)})"
     with container:
-        if not container.streams.video:
-            return "it has no video, only sound"
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            return "nothing here decodes its kind of video"
+        stream = next(iter(container.streams.video), None)
+        if stream is None or stream.codec_context is None:
+            return "it has no video that is decoded here"
         check_size(stream.codec_context.width, stream.codec_context.height)
         stream.codec_context.thread_count = 1  # the processes are the threads
         start, length = span(container, stream)
@@ -139,10 +129,8 @@ def film(source: io.BufferedIOBase, size: int, fit: str, frames: int, rate: floa
 def span(container: Any, stream: Any) -> tuple[float, float]:
     """The start and the length of a video in seconds; a file that does not say is read through, not decoded."""
     start = float((stream.start_time or 0) * stream.time_base)
-    if stream.duration:
-        return start, float(stream.duration * stream.time_base)
-    if container.duration:
-        return start, container.duration / 1e6  # av.time_base
+    if stream.duration or container.duration:  # the latter in microseconds
+        return start, float(stream.duration * stream.time_base if stream.duration else container.duration / 1e6)
     last = max((one.pts + (one.duration or 0) for one in container.demux(stream) if one.pts is not None), default=0)
     container.seek(0)
     return start, max(float(last * stream.time_base) - start, 0.0)
@@ -179,46 +167,38 @@ def read_images(names: Sequence[str | Path], size: int, fit: str, frames: int, r
 class Decoders:
     """Up to WORKERS processes that decode, each started when first needed.
 
-    They run this file alone, whatever the main program is, and end when their input does, so that none outlives this
-    process however it ends.  (Those of concurrent.futures run the main program again and may outlive it.)
+    They run this file alone, not the main program as those of concurrent.futures do, and end when their input does.
     """
 
     def __init__(self):
-        count = min(WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        self.threads = ThreadPoolExecutor(count, "decode")
+        self.threads = ThreadPoolExecutor(min(WORKERS, os.cpu_count() or 1), "decode")
         self.own = threading.local()  # the process of each thread
         self.running: set[subprocess.Popen] = set()
         self.lock = threading.Lock()  # of what is decoded here
 
     def submit(self, *job: Any) -> Future:
-        """Of what `decode` returns."""
         return self.threads.submit(self.run, job)
 
     def run(self, job: tuple) -> Pixels | str:
         for _ in range(2):
-            worker = getattr(self.own, "worker", None) or self.start()
-            if worker is None:
+            worker = getattr(self.own, "worker", None)
+            try:
+                worker = self.own.worker = worker or self.start()
+            except OSError:  # there can be none
                 with self.lock:
                     return decode(*job)
-            self.own.worker = worker
             try:
                 return exchange(worker, job)
             except DIED:
                 self.own.worker = self.end(worker)
         return "the process that decodes it has died of it twice"
 
-    def start(self) -> subprocess.Popen | None:
-        """A process that is ready; None if there can be none."""
+    def start(self) -> subprocess.Popen:
         code = f"import sys; sys.path[:] = {sys.path!r}; from moejax.data.images import serve; serve()"
-        worker = None
-        try:
-            # in a group of its own: Ctrl-C in the terminal is for the training process
-            worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      process_group=0)
-            self.running.add(worker)
-            pickle.load(worker.stdout)
-        except DIED:
-            return worker and self.end(worker)
+        # in a group of its own: Ctrl-C in the terminal is for the training process
+        worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  process_group=0)
+        self.running.add(worker)
         return worker
 
     def end(self, worker: subprocess.Popen) -> None:
@@ -243,10 +223,8 @@ def serve() -> None:
     """What a process of `Decoders` does, until its input ends."""
     with os.fdopen(os.dup(1), "wb") as answers, open(0, "rb", closefd=False) as jobs:
         os.dup2(2, 1)  # nothing else may write between the answers
-        answer = "ready"
         with contextlib.suppress(EOFError, BrokenPipeError):
             while True:
-                pickle.dump(answer, answers)
+                pickle.dump(decode(*pickle.load(jobs)), answers)
                 answers.flush()
-                answer = decode(*pickle.load(jobs))
         os._exit(0)

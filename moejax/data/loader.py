@@ -1,7 +1,4 @@
-"""From the config to tokens: tokenize once into memory-mapped files, the documents one after another.
-
-Sits between the sources and `samples.py`.  Each document is followed by the tokenizer's end of text.
-"""
+"""From the config to tokens: tokenize once into memory-mapped files, each document with an end of text after it."""
 
 import contextlib
 import hashlib
@@ -20,7 +17,7 @@ from jaxtyping import Int64, Integer
 from moejax.config import ConfigError, Data
 from moejax.data.images import Ref
 from moejax.data.sources import Document, File, documents, find_files
-from moejax.data.tokenizer import IMAGE, ByteTokenizer, FileTokenizer, open_tokenizer
+from moejax.data.tokenizer import IMAGE, Tokenizer, open_tokenizer
 
 FORMAT = 3  # of the cache; raise it when what is written for the same config changes
 CHUNK = 2**20  # tokens counted at a time
@@ -29,19 +26,13 @@ PARTS = ("train", "validation")
 
 
 class References:
-    """The images of a part, in the order of their ids in its stream: what a `Writer` left, if there are any.
-
-    Each has a row of `table`: where the id stands, and the start and the end of its line of JSON in `lines`.
-    """
+    """The images of a part.  A row of `table` is where an id stands, and start and end of its line of JSON."""
 
     def __init__(self, path: Path, size: int):
         self.table: Int64[np.ndarray, "images 3"] = np.empty((0, 3), np.int64)
         if size:
             self.table = np.load(f"{path}.npy", mmap_mode="r")
             self.lines = np.memmap(f"{path}.jsonl", np.uint8, "r", shape=(size,))
-
-    def __len__(self) -> int:
-        return len(self.table)
 
     def __getitem__(self, number: int) -> Ref:
         _, start, end = self.table[number]
@@ -61,24 +52,30 @@ class Corpus(NamedTuple):
 def open_corpus(config: Data, vocab: int | None = None) -> Corpus:
     """The tokens that `config` names, from its cache if it holds them, else tokenized into it.
 
-    A document is in validation if a hash of the seed, its name and its text says so, whatever the other
-    documents are.  Where that leaves validation empty, the document with the smallest hash goes there.  `vocab` is
-    model.vocab, which must hold the tokenizer's ids.
+    A document is in validation if a hash of the seed, its name and its text says so, whatever the others are.  Where
+    that leaves validation empty, the one with the smallest hash goes there.  `vocab`, model.vocab, must hold all ids.
 
-    Raises:
-        ConfigError: all that is wrong with the tokenizer, the sources or the cache folder, or train or validation empty
-            or (of text alone) not longer than `config.sequence`, or images and no id for them below `vocab`.
+    Raises ConfigError: all that is wrong with the tokenizer, the sources or the cache folder, or train or validation
+    empty or (of text alone) not longer than `config.sequence`, or images and no id for them.
     """
     files, problems = find_files(config.sources)
-    tokenizer = training_tokenizer(config, vocab, problems)
+    try:
+        tokenizer = open_tokenizer(config.tokenizer, vocab)
+        if tokenizer.eot is None:
+            raise ConfigError([f"training needs a token that ends a document; that of data.tokenizer={config.tokenizer}"
+                               " is not named; write its eos_token into tokenizer_config.json beside it"])
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *problems]) from None
     home = Path(os.path.expanduser(config.cache)) / cache_key(config, tokenizer.identity, files)
     corpus = None if problems else read_cache(home)
     if corpus is None:
         build_cache(config, tokenizer, files, problems, home)
         corpus = read_cache(home)._replace(cached=False)
-    problems = [problem for part in PARTS if not config.images and (part == "train" or config.validation)
-                for problem in too_short(part, getattr(corpus, part), config.sequence)]
-    if vocab is not None and any(map(len, corpus.images.values())) and corpus.image >= vocab:
+    problems = [f"data.sequence must be shorter than the text; got {config.sequence} and {len(tokens)} tokens "
+                f"({part}); set data.sequence={len(tokens) - 1} or lower, or add text to data.sources"
+                for part, tokens in zip(PARTS, corpus[:2], strict=True)
+                if not config.images and (part == "train" or config.validation) and len(tokens) <= config.sequence]
+    if vocab is not None and any(len(refs.table) for refs in corpus.images.values()) and corpus.image >= vocab:
         problems.append(f"model.vocab must hold the id of images, which the text has; got {vocab} and {corpus.image} "
                         f"(data.tokenizer={config.tokenizer}); set model.vocab={corpus.image + 1} or above")
     if problems:
@@ -86,22 +83,10 @@ def open_corpus(config: Data, vocab: int | None = None) -> Corpus:
     return corpus
 
 
-def training_tokenizer(config: Data, vocab: int | None, problems: Sequence[str]) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer of `config`, which can end a document.  Raises ConfigError with `problems` and its own."""
-    try:
-        tokenizer = open_tokenizer(config.tokenizer, vocab)
-    except ConfigError as error:
-        raise ConfigError([*error.problems, *problems]) from None
-    if tokenizer.eot is None:
-        raise ConfigError([f"training needs a token that ends a document; that of data.tokenizer={config.tokenizer} is "
-                           "not named; write its eos_token into tokenizer_config.json beside it", *problems])
-    return tokenizer
-
-
 def cache_key(config: Data, tokenizer: str, files: Sequence[File]) -> str:
     """20 hexadecimal digits for all that decides the tokens; a file counts by its path, size and time of change."""
     facts = [FORMAT, tokenizer, config.validation, config.seed,
-             [(f.name, os.path.abspath(f.path), f.size, f.mtime_ns, f.lenient) for f in files]]
+             [(f.name, os.path.abspath(f.path), f.size, f.mtime_ns) for f in files]]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
 
 
@@ -118,12 +103,8 @@ def read_cache(home: Path) -> Corpus | None:
         return None
 
 
-def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: Sequence[File], problems: list[str],
-                home: Path) -> None:
-    """Tokenizes into a temporary folder beside `home`, then renames it, so that `home` is whole or absent.
-
-    A run that is killed leaves at most a folder named .building-… that nobody reads.
-    """
+def build_cache(config: Data, tokenizer: Tokenizer, files: Sequence[File], problems: list[str], home: Path) -> None:
+    """Tokenizes into a folder .building-… beside `home`, then renames it, so that `home` is whole or absent."""
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix=".building-", dir=home.parent)
@@ -133,56 +114,43 @@ def build_cache(config: Data, tokenizer: ByteTokenizer | FileTokenizer, files: S
     with scratch as name:
         fresh = Path(name, "first")
         share = math.ceil(config.validation * 2**64)
-        meta, lowest, highest = write_tokens(config, tokenizer, documents(files, problems), fresh, share)
+        meta, lowest = write_tokens(config, tokenizer, documents(files, problems), fresh, share)
         if config.validation and not meta["validation"]:
             fresh = Path(name, "second")
-            meta, *_ = write_tokens(config, tokenizer, documents(files), fresh, lowest + 1)
-        check_split(config, meta, lowest == highest)
+            meta, _ = write_tokens(config, tokenizer, documents(files), fresh, lowest + 1)
+        if not meta["documents"]:
+            raise ConfigError([f"data.sources must hold text; every document of {', '.join(config.sources)} is empty; "
+                               "write text there or name other sources"])
+        if not meta["train"]:
+            raise ConfigError([f"data.validation must leave a document to train on; got {config.validation}, which "
+                               f"takes all {meta['documents']} (one is never split, nor are several that are alike); "
+                               "lower it, set it to 0, or split the text into several files or .jsonl lines"])
         publish(fresh, home)
 
 
-def write_tokens(config: Data, tokenizer: ByteTokenizer | FileTokenizer, texts: Iterator[Document], folder: Path,
-                 threshold: int) -> tuple[dict[str, Any], int, int]:
-    """Fills `folder` and returns its meta.json and the smallest and the largest hash of a document.
-
-    A document is in validation if its hash, of 0..2**64-1, is below `threshold`.  Raises ConfigError where there are
-    images and the tokenizer has no id for them.
-    """
-    dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
+def write_tokens(config: Data, tokenizer: Tokenizer, texts: Iterator[Document], folder: Path,
+                 threshold: int) -> tuple[dict[str, Any], int]:
+    """Fills `folder`; returns its meta.json and the smallest hash.  Documents of a hash below `threshold` validate."""
     folder.mkdir()
-    writers = [Writer(folder, part, dtype) for part in PARTS]
-    lowest, highest, lengths = 2**64, -1, array("q")
+    writers = [Writer(folder, part, tokenizer) for part in PARTS]
+    lowest, lengths = 2**64, array("q")
     for group in together(texts):
         encoded = iter(tokenizer.encode_batch([part for one in group for part in one.parts if isinstance(part, str)]))
         for document in group:
             place = split_hash(config.seed, document.name, document.text)
-            lowest, highest, held_out = min(lowest, place), max(highest, place), place < threshold
-            writer = writers[held_out]
-            start = writer.tokens
-            for part in document.parts:
-                if isinstance(part, Ref):
-                    check_image(config, tokenizer, document, part)
-                    writer.refer(part)
-                writer.write([tokenizer.image] if isinstance(part, Ref) else next(encoded))
-            writer.write([tokenizer.eot])
-            lengths.extend((writer.tokens - start, held_out))
+            lowest, held_out = min(lowest, place), place < threshold
+            lengths.extend((writers[held_out].write(document, encoded), held_out))
         for writer in writers:
             writer.flush()
     for writer in writers:
         if writer.table:
             np.save(folder / f"{writer.part}-images.npy", np.array(writer.table, np.int64).reshape(-1, 3))
     np.save(folder / "documents.npy", np.array(lengths, np.int64).reshape(-1, 2))
-    meta = {"format": FORMAT, "tokenizer": config.tokenizer, "dtype": dtype.str, "documents": len(lengths) // 2,
+    meta = {"format": FORMAT, "tokenizer": config.tokenizer, "dtype": writer.dtype.str, "documents": len(lengths) // 2,
             "image": tokenizer.image, "images": {writer.part: writer.bytes for writer in writers}}
     meta |= {writer.part: writer.tokens for writer in writers}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return meta, lowest, highest
-
-
-def check_image(config: Data, tokenizer: ByteTokenizer | FileTokenizer, document: Document, ref: Ref) -> None:
-    if tokenizer.image is None:
-        raise ConfigError([f"images need a token that stands where they are; data.tokenizer={config.tokenizer} has no "
-                           f"{IMAGE}, and {document.name} has the image {ref.name}; add that token to the tokenizer"])
+    return meta, lowest
 
 
 def together(texts: Iterator[Document]) -> Iterator[list[Document]]:
@@ -198,27 +166,34 @@ def together(texts: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class Writer:
-    """Appends tokens to `<part>.bin` in a folder.
+    """Appends documents to `<part>.bin` in a folder, and the lines of their images to `<part>-images.jsonl`."""
 
-    Where images are, `<part>-images.jsonl` has a line for each and `table` the rows of `References.table`.
-    """
-
-    def __init__(self, folder: Path, part: str, dtype: np.dtype):
-        self.folder, self.part, self.dtype = folder, part, dtype
+    def __init__(self, folder: Path, part: str, tokenizer: Tokenizer):
+        self.folder, self.part, self.tokenizer = folder, part, tokenizer
+        self.dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
         self.tokens = self.bytes = 0  # of all, and of the lines of images
-        self.table = array("q")
+        self.table = array("q")  # as in References
         self.waiting, self.lines = bytearray(), bytearray()  # not in the files yet
 
-    def refer(self, ref: Ref) -> None:
-        """An image whose id comes next."""
-        line = json.dumps(ref).encode() + b"\n"
-        self.lines += line
-        self.table.extend((self.tokens, self.bytes, self.bytes + len(line)))
-        self.bytes += len(line)
-
-    def write(self, tokens: Sequence[int] | Integer[np.ndarray, " T"]) -> None:
-        self.waiting += np.asarray(tokens, self.dtype).tobytes()
-        self.tokens += len(tokens)
+    def write(self, document: Document, encoded: Iterator[np.ndarray]) -> int:
+        """Appends a document, whose texts are the next of `encoded`; returns how many tokens it has."""
+        before = self.tokens
+        for part in (*document.parts, None):
+            if part is None:
+                tokens = [self.tokenizer.eot]
+            elif isinstance(part, str):
+                tokens = next(encoded)
+            elif self.tokenizer.image is None:
+                raise ConfigError([f"images need a token that stands where they are; that of data.tokenizer has no "
+                                   f"{IMAGE}, and {document.name} has the image {part.name}; add it to the tokenizer"])
+            else:
+                tokens, line = [self.tokenizer.image], json.dumps(part).encode() + b"\n"
+                self.table.extend((self.tokens, self.bytes, self.bytes + len(line)))
+                self.lines += line
+                self.bytes += len(line)
+            self.waiting += np.asarray(tokens, self.dtype).tobytes()
+            self.tokens += len(tokens)
+        return self.tokens - before
 
     def flush(self) -> None:
         """Puts what waits into the files."""
@@ -236,22 +211,6 @@ def split_hash(seed: int, name: str, text: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-def check_split(config: Data, meta: dict[str, Any], alike: bool) -> None:
-    """Raises ConfigError if no document is left to train on, or all are `alike` in name and text and so in one part."""
-    count = meta["documents"]
-    if not count:
-        raise ConfigError([f"data.sources must hold text; every document of {', '.join(config.sources)} is empty; "
-                           "write text there or name other sources"])
-    if config.validation and alike:
-        raise ConfigError(["validation needs two different documents, as one is never split between train and "
-                           f"validation; got data.validation={config.validation} and {count} document"
-                           f"{'s, all alike' if count > 1 else ''}; split the text into several files or .jsonl lines, "
-                           "or set data.validation=0"])
-    if not meta["train"]:
-        raise ConfigError([(f"data.validation must leave a document to train on; got {config.validation}, which "
-                            f"takes all {count}; set data.validation={config.validation / 2:g} or lower")])
-
-
 def publish(fresh: Path, home: Path) -> None:
     """Renames `fresh` to `home`, in place of a damaged one.  If another process was first, its files stand."""
     if home.exists() and read_cache(home) is None:
@@ -264,16 +223,6 @@ def publish(fresh: Path, home: Path) -> None:
             raise
 
 
-def too_short(part: str, tokens: np.ndarray, sequence: int) -> list[str]:
-    """The problem of a text that does not hold one window of `sequence` tokens and the token after each."""
-    if len(tokens) > sequence:
-        return []
-    shorter = f"set data.sequence={len(tokens) - 1} or lower, or " if len(tokens) > 1 else ""
-    share = ", or raise data.validation" if part == "validation" else ""
-    return [(f"data.sequence must be shorter than the text; got {sequence} and {len(tokens)} tokens ({part}); "
-             f"{shorter}add text to data.sources{share}")]
-
-
 def document_note(corpus: Corpus, sequence: int) -> str | None:
     """One line that says so if most documents are shorter than a window, else None."""
     if (share := np.mean(corpus.lengths < sequence)) <= 0.5:
@@ -284,10 +233,6 @@ def document_note(corpus: Corpus, sequence: int) -> str | None:
 
 def unigram_loss(train: np.ndarray, validation: np.ndarray, vocab: int) -> float:
     """Nats per validation token of the token frequencies of train (plus one each): what knowing no context costs."""
-    seen, met = token_counts(train, vocab), token_counts(validation, vocab)
+    seen, met = (sum(np.bincount(tokens[first : first + CHUNK], minlength=vocab)
+                     for first in range(0, max(len(tokens), 1), CHUNK)) for tokens in (train, validation))
     return float(-(met @ np.log((seen + 1) / (seen.sum() + vocab))) / met.sum())
-
-
-def token_counts(tokens: Integer[np.ndarray, " N"], vocab: int) -> Int64[np.ndarray, " vocab"]:
-    chunks = (tokens[first : first + CHUNK] for first in range(0, len(tokens), CHUNK))
-    return sum((np.bincount(chunk, minlength=vocab) for chunk in chunks), np.zeros(vocab, np.int64))

@@ -1,7 +1,6 @@
 """Windows of a corpus as batches, in seeded order: of tokens alone, or of whole documents with their images.
 
-Top of the data package.  `make_samples` gives the windows, `train_batch` and `validation_batches` the batches.  A batch
-is a function of (seed, step) alone; nothing is shuffled in memory, and images alone are read ahead.
+A batch is a function of (seed, step) alone; nothing is shuffled in memory, and images alone are read ahead.
 """
 
 import math
@@ -9,12 +8,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, Integer, UInt64
+from jaxtyping import Float32, Int64, Integer, UInt64
 
-from moejax.config import Config, ConfigError
+from moejax.config import Config
 from moejax.data.batch import Batch, Images
 from moejax.data.images import Decoders, Pixels, Ref
-from moejax.data.loader import PARTS, Corpus, too_short
+from moejax.data.loader import PARTS, Corpus
 
 AHEAD = 3  # batches whose images may be waiting
 Rows = Int64[np.ndarray, " B"]
@@ -24,23 +23,19 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio, the step 
 class Samples:
     """Windows of `sequence` tokens at stride `sequence`, in a new seeded order every epoch.
 
-    Sample i is window number `order[i % n]` of epoch i // n, of n windows.  Tokens past the last whole
-    window are not used.  Raises ConfigError if the text is not longer than `sequence`.
+    Sample i is window `order[i % n]` of epoch i // n, of n.  Tokens past the last whole window are not used.
     """
 
     missing = 0  # images of the last batch that could not be used
 
     def __init__(self, tokens: Integer[np.ndarray, " N"], sequence: int, seed: int):
-        if problems := too_short("the whole text", tokens, sequence):
-            raise ConfigError(problems)
         self.tokens, self.sequence, self.seed = tokens, sequence, seed
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.sequence
 
-    def rows(self, indices: Integer[np.ndarray, " B"]) -> Batch:
+    def rows(self, indices: Rows) -> Batch:
         """The samples of any global indices; each depends on its own index alone."""
-        indices = indices.astype(np.int64)
         return self.windows(self.order(indices), np.ones(len(indices), np.float32), indices)
 
     def order(self, indices: Rows) -> Rows:
@@ -54,7 +49,7 @@ class Samples:
         return Batch(tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32),
                      np.repeat(weights[:, None], self.sequence, axis=1), (indices % 2**31).astype(np.int32))
 
-    def ahead(self, indices: Integer[np.ndarray, " B"]) -> None:
+    def ahead(self, indices: Rows) -> None:
         """Begins with what takes long of samples that are wanted soon."""
 
     def close(self) -> None:
@@ -80,6 +75,7 @@ class ImageSamples(Samples):
         self.starts = cut(corpus.lengths[corpus.held_out == PARTS.index(part)], self.sequence)
         self.homes = np.searchsorted(self.starts, self.places, "right") - 1  # the piece that each image is in
         self.before = np.searchsorted(self.places, self.starts)  # images before each piece
+        self.kept = np.arange(len(self.places)) - self.before[self.homes] < self.most  # which images a window holds
         self.firsts = pack(np.diff(self.starts), np.minimum(np.diff(self.before), self.most), self.sequence, self.most)
         self.decoders, self.told = Decoders(), set()
         self.waiting: dict[Ref, Future] = {}
@@ -99,9 +95,12 @@ class ImageSamples(Samples):
         shape = len(window), self.most
         images = Images(np.zeros((*shape, frames, size, size, 3), np.uint8), np.zeros(shape, np.int32),
                         np.zeros((len(window), self.sequence, self.most), bool))
-        for row, (numbers, kept) in enumerate(map(self.inside, window.tolist())):
-            looks, there = self.looks(at[row, :-1], piece[row, :-1], numbers), np.zeros(len(numbers), bool)
-            for slot, column in enumerate(np.flatnonzero(kept)):
+        for row, numbers in enumerate(map(self.inside, window.tolist())):
+            there = np.zeros(len(numbers), bool)
+            looks = (piece[row, :-1, None] == self.homes[numbers]) & (at[row, :-1, None] >= self.places[numbers])
+            if self.last:
+                looks[:, :-1] &= ~looks[:, 1:]  # those before the last
+            for slot, column in enumerate(np.flatnonzero(self.kept[numbers])):
                 pixels = found[int(numbers[column])]
                 if isinstance(pixels, str):
                     self.missing += int(weights[row] > 0)
@@ -112,18 +111,9 @@ class ImageSamples(Samples):
         return Batch(tokens[:, :-1], tokens[:, 1:], counts * weights[:, None], (indices % 2**31).astype(np.int32),
                      images)
 
-    def inside(self, window: int) -> tuple[Int64[np.ndarray, " K"], Bool[np.ndarray, " K"]]:
-        """The numbers of all images of a window, and which of them it holds."""
-        numbers = np.arange(*self.before[self.firsts[window : window + 2]])
-        return numbers, numbers - self.before[self.homes[numbers]] < self.most
-
-    def looks(self, at: Int64[np.ndarray, " T"], piece: Int64[np.ndarray, " T"],
-              numbers: Int64[np.ndarray, " K"]) -> Bool[np.ndarray, "T K"]:
-        """Which images the tokens at places in pieces look at."""
-        looks = (piece[:, None] == self.homes[numbers]) & (at[:, None] >= self.places[numbers])
-        if self.last:
-            looks[:, :-1] &= ~looks[:, 1:]  # those before the last
-        return looks
+    def inside(self, window: int) -> Int64[np.ndarray, " K"]:
+        """The numbers of all images of a window."""
+        return np.arange(*self.before[self.firsts[window : window + 2]])
 
     def decoded(self, window: Rows) -> dict[int, Pixels | str]:
         """Of the images of windows by number; the reason where there is none, which is said once."""
@@ -139,16 +129,16 @@ class ImageSamples(Samples):
 
     def begin(self, window: Rows) -> dict[int, Ref]:
         """Has the images of windows decoded; returns them by number."""
-        refs = {number: self.refs[number] for numbers, kept in map(self.inside, window.tolist())
-                for number in numbers[kept].tolist()}
+        refs = {number: self.refs[number] for numbers in map(self.inside, window.tolist())
+                for number in numbers[self.kept[numbers]].tolist()}
         for ref in refs.values():
             if ref not in self.waiting:
                 self.waiting[ref] = self.decoders.submit(ref, *self.how)
         return refs
 
-    def ahead(self, indices: Integer[np.ndarray, " B"]) -> None:
+    def ahead(self, indices: Rows) -> None:
         """Begins to decode the images of samples; those of the oldest calls are given up if nobody takes them."""
-        self.begin(self.order(indices.astype(np.int64)))
+        self.begin(self.order(indices))
         while len(self.waiting) > AHEAD * len(indices) * self.most:
             self.waiting.pop(next(iter(self.waiting))).cancel()
 
@@ -185,9 +175,8 @@ def make_samples(config: Config, corpus: Corpus, part: str, say: Callable[[str],
 def permute(index: Rows, size: int, seed: int, epoch: Rows) -> Rows:
     """Where each index of 0..size-1 goes in the order of its epoch: a bijection for every (seed, epoch).
 
-    An alternating Feistel cipher on the smallest near-square grid that holds `size` cells; what lands outside
-    is enciphered again until it lands inside, which keeps it a bijection (Black and Rogaway 2002, FE1 and the
-    cycle-walking cipher).  The grid has fewer than sqrt(size) cells to spare, so that is rare.
+    An alternating Feistel cipher on the smallest near-square grid that holds `size` cells; what lands outside, which is
+    rare, is enciphered again until it lands inside (Black and Rogaway 2002, FE1 and the cycle-walking cipher).
     """
     height = math.isqrt(size - 1) + 1
     height, width = np.uint64(height), np.uint64(-(-size // height))

@@ -1,7 +1,6 @@
 """From `config.data.sources` to documents: which files they name, and the text and the images in them.
 
-Sits between the config and `loader.py`.  Neither function stops at the first mistake: `find_files` hands back
-the problems it met, `documents` raises them together with those of the text.
+Neither stops at the first mistake: `find_files` returns the problems, `documents` raises them with those of the text.
 """
 
 import glob
@@ -32,7 +31,6 @@ class File(NamedTuple):
     path: Path
     size: int  # bytes
     mtime_ns: int
-    lenient: bool  # skip it silently if it is not UTF-8
 
 
 class Document(NamedTuple):
@@ -48,14 +46,13 @@ class Document(NamedTuple):
 def find_files(sources: Sequence[str]) -> tuple[list[File], list[str]]:
     """Every file that the sources name, once each and sorted by name, and the problems met.
 
-    Sources are files, folders (all that is below, except hidden files and links to folders), globs (`**` goes into
-    folders), or the word "stdlib": the running Python's standard library without its tests.  Images in folders are
-    passed over: the .jsonl and .tar beside them name them.
+    Sources are files, folders (all below, but hidden files and links to folders), globs (`**` goes into folders), or
+    "stdlib": Python's standard library without its tests.  Images are passed over: .jsonl and .tar files name them.
     """
     found: dict[str, File] = {}
     problems = [] if sources else ["data.sources must name at least one source; got none; set data.sources=stdlib"]
     for source in sources:
-        before, files = len(problems), []
+        before, size = len(problems), 0
         root, paths = expand(source, problems)
         for path in paths:
             try:
@@ -63,11 +60,12 @@ def find_files(sources: Sequence[str]) -> tuple[list[File], list[str]]:
             except OSError as error:
                 problems.append(unreadable(path, error))
                 continue
-            name = path.relative_to(root).as_posix()
-            files.append(File(name, path, stat.st_size, stat.st_mtime_ns, lenient=source == "stdlib"))
-            found.setdefault(os.path.realpath(path), files[-1])
-        if len(problems) == before and not any(file.size for file in files):
-            problems.append(empty(source, root, len(files)))
+            name, size = path.relative_to(root).as_posix(), size + stat.st_size
+            found.setdefault(os.path.realpath(path), File(name, path, stat.st_size, stat.st_mtime_ns))
+        if len(problems) == before and not size:
+            problems.append("a source must be a file, a folder, a glob or the word stdlib, and hold text; "
+                            f"{source!r} {'is of empty files' if paths else 'matches no file'} (hidden ones do not "
+                            f"count); correct it (relative paths start at {os.getcwd()})")
     return sorted(found.values()), problems
 
 
@@ -102,18 +100,6 @@ def walk(root: Path, problems: list[str], skipped: frozenset[str] = frozenset())
                 yield path
 
 
-def empty(source: str, root: Path, files: int) -> str:
-    """The problem of a source without text."""
-    if files:
-        return (f"a source must hold text; of {source!r} {'the file is' if files == 1 else f'all {files} files are'} "
-                "empty (0 bytes); write text there or take it out of data.sources")
-    if source == "stdlib" or (source and os.path.isdir(os.path.expanduser(source))):
-        return (f"a source must hold text; in the folder of {source!r} ({root}) no file was found (hidden ones do not "
-                "count); put text there or take it out of data.sources")
-    return ("a source must be a file, a folder, a glob or the word stdlib; "
-            f"{source!r} matches no file; correct it (relative paths start at {os.getcwd()})")
-
-
 def unreadable(path: Any, error: Exception) -> str:
     return (f"every file of data.sources must be readable; {path} is not ({error}); "
             "repair the file, or leave it out by naming the others with a glob")
@@ -122,11 +108,9 @@ def unreadable(path: Any, error: Exception) -> str:
 def documents(files: Sequence[File], problems: Sequence[str] = ()) -> Iterator[Document]:
     """Every document that is not empty, in the order of the files.
 
-    A line of a .jsonl, or a group of a .tar, is a document under its file's name: without a line number in it, the
-    documents keep their names when a line is inserted above them.
-
-    Raises ConfigError after the last file, with `problems` and all that is wrong in the files.  From the first problem
-    on, files are only checked and nothing is yielded.
+    A line of a .jsonl, or a group of a .tar, is a document under its file's name, which stays when a line is inserted
+    above it.  Raises ConfigError after the last file, with `problems` and all that is wrong in the files; from the
+    first problem on, nothing is yielded.
     """
     problems = list(problems)
     for file in files:
@@ -147,9 +131,8 @@ def whole_file(file: File, problems: list[str]) -> Iterator[Parts]:
     try:
         yield (file.path.read_bytes().decode(),)
     except UnicodeDecodeError as error:
-        if not file.lenient:
-            problems.append(f"every text file must be UTF-8; {file.path} has byte 0x{error.object[error.start]:02x} at "
-                            f"byte offset {error.start}; convert it (iconv -t utf-8), or name the text files by a glob")
+        problems.append(f"every text file must be UTF-8; {file.path} has byte 0x{error.object[error.start]:02x} at "
+                        f"byte offset {error.start}; convert it (iconv -t utf-8), or name the text files by a glob")
 
 
 def json_lines(open_lines: Callable[[Path], Any], file: File, problems: list[str]) -> Iterator[Parts]:
@@ -159,28 +142,14 @@ def json_lines(open_lines: Callable[[Path], Any], file: File, problems: list[str
     def refer(name: str, video: bool) -> Ref:
         return Ref(name, os.path.join(folder, name), 0, -1, video)
 
-    try:
-        with closing(open_lines(file.path)) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield row_parts(read_row(line), refer)
-                    except (ValueError, RecursionError) as error:  # a deep enough [[[… recurses too deep
-                        problems.append('every line of a .jsonl must be a JSON object with a "text" string or "parts"; '
-                                        f"{file.path}:{number} {error}; repair or delete the line")
-    except ImportError:
-        problems.append(f"a .jsonl.zst needs the optional package zstandard; {file.path} is one and the package is not "
-                        "installed; pip install zstandard")
-
-
-def read_row(line: bytes) -> Any:
-    """What one line of JSON holds.  Raises ValueError that says why it is none."""
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"has byte 0x{line[error.start]:02x} at byte offset {error.start}, not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON ({error.msg} at column {error.colno})") from None
+    with closing(open_lines(file.path)) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield row_parts(json.loads(line.decode()), refer)
+                except (ValueError, RecursionError) as error:  # a deep enough [[[… recurses too deep
+                    problems.append('every line of a .jsonl must be a JSON object with a "text" string or "parts"; '
+                                    f"{file.path}:{number} is none: {error}; repair or delete the line")
 
 
 def row_parts(row: Any, refer: Callable[[str, bool], Ref]) -> Parts:
@@ -188,15 +157,9 @@ def row_parts(row: Any, refer: Callable[[str, bool], Ref]) -> Parts:
     match row:
         case {"text": str(text)}:
             return (text,)
-        case {"text": other}:
-            raise ValueError(f'has a "text" of type {type(other).__name__}')
         case {"parts": [*parts]}:
             return tuple(row_part(part, refer) for part in parts)
-        case {"parts": other}:
-            raise ValueError(f'has "parts" of type {type(other).__name__}')
-        case dict():
-            raise ValueError(f"has the fields {[*row][:8]}")
-    raise ValueError(f"is of type {type(row).__name__}")
+    raise ValueError(f"it is {json.dumps(row)[:80]}")
 
 
 def row_part(part: Any, refer: Callable[[str, bool], Ref]) -> str | Ref:
@@ -205,7 +168,7 @@ def row_part(part: Any, refer: Callable[[str, bool], Ref]) -> str | Ref:
             return text
         case {"image": str(name)} | {"video": str(name)} if name:
             return refer(name, "video" in part)
-    raise ValueError(f'has the part {json.dumps(part)[:80]}, without a "text", "image" or "video" string')
+    raise ValueError(f'a part has a "text", "image" or "video" string, not {json.dumps(part)[:80]}')
 
 
 def tar_groups(file: File, problems: list[str]) -> Iterator[Parts]:
@@ -222,34 +185,33 @@ def tar_groups(file: File, problems: list[str]) -> Iterator[Parts]:
                 yield group_parts(tar, os.path.abspath(file.path), files, names)
             except (ValueError, RecursionError) as error:
                 problems.append("the .json and .txt of a .tar must be UTF-8 and name files of that .tar; "
-                                f"{file.path}:{key} {error}; repair it, or take it out of the .tar")
+                                f"{file.path}:{key}: {error}; repair it, or take it out of the .tar")
 
 
 def group_parts(tar: tarfile.TarFile, path: str, files: dict[str, tarfile.TarInfo], names: list[str]) -> Parts:
     """What the .json of a group says, else its images and then its .txt.  Raises ValueError."""
-    def read(ending: str) -> list[bytes]:
-        return [tar.extractfile(files[name]).read() for name in names if name.endswith(ending)]
+    def read(ending: str) -> list[str]:
+        return [tar.extractfile(files[name]).read().decode() for name in names if name.endswith(ending)]
 
     def refer(name: str, video: bool) -> Ref:
         found = files.get(os.path.normpath(name))
         if found is None:
-            raise ValueError(f"names {name!r}, which is not there")
+            raise ValueError(f"there is no {name!r} in it")
         return Ref(name, path, found.offset_data, found.size, video)
 
-    for row in map(read_row, read(".json")):
+    for row in map(json.loads, read(".json")):
         if isinstance(row, dict) and row.keys() & {"text", "parts"}:
             return row_parts(row, refer)
     images = [refer(name, name.lower().endswith(VIDEOS)) for name in names if is_image(name)]
-    return (*images, *(text.decode() for text in read(".txt")))
+    return (*images, *read(".txt"))
 
 
 def zstd_lines(path: Path) -> Iterator[bytes]:
-    """Raises OSError where the file is damaged or cut short.
-
-    Frame by frame, because zstandard's own stream reader ends silently at a frame that is cut short.
-    """
-    import zstandard  # an optional extra
-
+    """Frame by frame, as zstandard's own reader ends silently where a file is cut short.  Raises OSError there."""
+    try:
+        import zstandard  # an optional extra
+    except ImportError:
+        raise OSError("it needs the optional package zstandard; pip install 'moejax[zst]'") from None
     frame, rest = zstandard.ZstdDecompressor().decompressobj(), b""
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -1,6 +1,4 @@
-"""Text to token ids and back.
-
-Bottom of the data package.  `open_tokenizer` gives the bytes of UTF-8, or the `tokenizer.json` of a file.  Both have
+"""Text to token ids and back: `open_tokenizer` gives the bytes of UTF-8, or the `tokenizer.json` of a file.  Both have
 
 - `size` (ids of text are below it), `eot` (the id that ends a document), `ends` (those that end what a model says),
   `image` (the id that stands where an image is) and `identity`, a text that differs where ids may differ;
@@ -12,6 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import UInt, UInt16
 
 from moejax.config import ConfigError
-from moejax.data import chat
 
 TOKENIZER_FILE = "tokenizer.json"
 IMAGE = "<image>"  # the token of files
 SETTINGS, SPECIAL, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 
 
 class ByteTokenizer:
@@ -46,7 +46,7 @@ class ByteTokenizer:
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt16[np.ndarray, " T"]:
         raise ConfigError(["a chat needs a template; data.tokenizer=bytes has none; prompt without a chat, or set "
-                           f"data.tokenizer to a folder with {TOKENIZER_FILE} and {chat.FILE}"])
+                           f"data.tokenizer to a folder with {TOKENIZER_FILE} and {TEMPLATE}"])
 
     def decode(self, ids: Iterable) -> str:
         """The text of a sequence of ids.  Ids from 256 up have no text; bytes that are not UTF-8 become U+FFFD."""
@@ -58,9 +58,7 @@ class FileTokenizer:
     """A tokenizer.json, with what its folder says of special tokens, ends and chats.
 
     Special tokens that are spelt out in a text become their ids; `special` has them by name, "bos_token" and so on.
-    `eot` is the eos_token, else the first eos_token_id of generation_config.json; None if neither is there.  `image` is
-    the token <image>; None if there is none.
-
+    `eot` is the eos_token, else the first eos_token_id of generation_config.json, else None; `image` may be None too.
     Raises ConfigError: the package tokenizers is not installed, or all that is wrong with the files.
     """
 
@@ -70,10 +68,15 @@ class FileTokenizer:
         except ImportError:
             raise ConfigError([f"a {TOKENIZER_FILE} needs the optional package tokenizers, which is not installed; "
                                f"pip install 'moejax[hf]', or set data.tokenizer=bytes (it is {path})"]) from None
-        problems: list[str] = []
+        problems, read = [], []
         self.folder = path.parent
-        self.settings, older, generation = (read_object(self.folder / name, problems)
-                                            for name in (SETTINGS, SPECIAL, GENERATION))
+        for file in (self.folder / name for name in (SETTINGS, SPECIAL, GENERATION)):
+            try:
+                read.append(read_json(file) if file.is_file() else {})
+            except ConfigError as error:
+                problems += error.problems
+                read.append({})
+        self.settings, older, generation = read
         # as transformers 5: where tokenizer_config.json lists the added tokens, it alone counts
         said = self.settings if "added_tokens_decoder" in self.settings else self.settings | older
         self.special = {name: text for name, token in said.items()
@@ -87,51 +90,71 @@ class FileTokenizer:
             raise ConfigError(problems) from None
         self.library.no_truncation()
         self.library.no_padding()
-        more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
-        more = [text for text in map(token_text, more) if text] if isinstance(more, list) else []
+        more = said.get("extra_special_tokens") or said.get("additional_special_tokens")
+        named = [*self.special.values(), *(filter(None, map(token_text, more)) if isinstance(more, list) else ())]
         # none beyond the vocabulary, for which the model has no embedding
-        self.library.add_special_tokens([text for text in [*self.special.values(), *more]
-                                         if self.library.token_to_id(text) is not None])
+        self.library.add_special_tokens([text for text in named if self.library.token_to_id(text) is not None])
         self.size = 1 + max(self.library.get_vocab(with_added_tokens=True).values(), default=-1)
         self.image: int | None = self.library.token_to_id(IMAGE)
         self.dtype = np.dtype(np.uint16 if self.size <= 2**16 else np.uint32)
 
-        eot = self.library.token_to_id(self.special.get("eos_token", ""))
-        if eot is None and "eos_token" in self.special:
-            problems.append(f"the eos_token must be a token of {path}; {self.special['eos_token']!r} is none; "
-                            f"correct it in {self.folder / SETTINGS} or {self.folder / SPECIAL}")
-        ids = generation.get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(each) is int and each >= 0 for each in ids):
-            problems.append(f"eos_token_id must be a token's number, or a list of them; {self.folder / GENERATION} has "
-                            f"{ids}; correct it there")
+        ends, eos = generation.get("eos_token_id"), self.special.get("eos_token")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends = [self.library.token_to_id(eos), *ends] if eos else ends
+        if not all(type(each) is int and each >= 0 for each in ends):
+            problems.append(f"the eos_token and every eos_token_id must be a token of {path}; they are {eos!r} and "
+                            f"{generation.get('eos_token_id')!r}; correct them in {SETTINGS}, {SPECIAL} or "
+                            f"{GENERATION}")
         if problems:
             raise ConfigError(problems)
-        self.ends = tuple(dict.fromkeys([*([] if eot is None else [eot]), *ids]))
-        self.eot: int | None = next(iter(self.ends), None)
-        decided = hashlib.blake2b(data, digest_size=16).hexdigest()
-        self.identity = f"{TOKENIZER_FILE} {decided} {sorted({*self.special.values(), *more})} {self.eot}"
+        self.ends = tuple(dict.fromkeys(ends))
+        self.eot: int | None = next(iter(ends), None)
+        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+        self.identity = f"{TOKENIZER_FILE} {digest} {sorted(set(named))} {self.eot}"
 
     def encode(self, text: str) -> UInt[np.ndarray, " T"]:
         """The ids of `text` alone.  What UTF-8 cannot hold (half a surrogate pair) becomes `?`."""
-        return np.array(self.library.encode(whole(text), add_special_tokens=False).ids, self.dtype)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each, on all cores."""
-        found = self.library.encode_batch_fast([whole(text) for text in texts], add_special_tokens=False)
-        return [np.array(one.ids, self.dtype) for one in found]
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        return [np.array(one.ids, self.dtype)
+                for one in self.library.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prompt(self, text: str) -> UInt[np.ndarray, " T"]:
         """The ids of `text` with the special tokens that its model expects around it, such as a bos token."""
-        return np.array(self.library.encode(whole(text)).ids, self.dtype)
+        return np.array(self.library.encode(text.encode("utf-8", "replace").decode()).ids, self.dtype)
 
     def chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> UInt[np.ndarray, " T"]:
         """The ids of messages such as `{"role": "user", "content": "…"}`, up to where the model is to answer.
 
-        Raises ConfigError: the folder has no chat template, or it is wrong or refuses the messages.
+        The template is chat_template.jinja, else that of tokenizer_config.json, or of several there the one named
+        default.  Raises ConfigError: there is none, or no jinja2, or it is wrong, refuses them or leaves its sandbox.
         """
-        where, template = chat.find_template(self.folder, self.settings)
-        return self.encode(chat.render(where, template, messages, add_generation_prompt, self.special))
+        path, found = self.folder / TEMPLATE, self.settings.get("chat_template")
+        if isinstance(found, list):
+            found = next((one.get("template") for one in found
+                          if isinstance(one, dict) and one.get("name") == "default"), found)
+        if not path.is_file() and not isinstance(found, str):
+            raise ConfigError([f"a chat needs a template, or one named default; {self.folder} has no {TEMPLATE}, and "
+                               f"in {SETTINGS} the chat_template {found!r:.80}; put the model's own into {path}, or "
+                               "prompt without a chat"])
+        try:
+            made = sandbox()
+        except ImportError:
+            raise ConfigError(["a chat template needs the optional package jinja2, which is not installed; "
+                               "pip install 'moejax[hf]'"]) from None
+        try:
+            template = made.from_string(path.read_text("utf-8") if path.is_file() else found)
+            plain = json.loads(json.dumps(messages))  # nothing with methods of its own
+            text = template.render(messages=plain, tools=None, documents=None,
+                                   add_generation_prompt=add_generation_prompt, **self.special)
+        except Exception as error:  # whatever a stranger's program may raise
+            where = path if path.is_file() else self.folder / SETTINGS
+            raise ConfigError([f"a chat template must be one of Jinja that takes the messages; that of {where} fails "
+                               f"({type(error).__name__}: {error}); change the messages, or repair it"]) from None
+        return self.encode(text)
 
     def decode(self, ids: Iterable) -> str:
         """The text of a sequence of ids.  Special tokens, ends and ids from `size` up have no text."""
@@ -139,14 +162,11 @@ class FileTokenizer:
         return self.library.decode(kept, skip_special_tokens=True)
 
 
-def open_tokenizer(name: str, vocab: int | None = None) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer that data.tokenizer names: "bytes", or the path of a tokenizer.json or of its folder.
+Tokenizer = ByteTokenizer | FileTokenizer
 
-    Raises ConfigError: no name, no such file, a file that cannot be used, or more ids than `vocab`, model.vocab.
-    """
-    if not name:
-        raise ConfigError(["text needs a tokenizer; data.tokenizer is empty, which is none; "
-                           f"set it to bytes, or to the path of a {TOKENIZER_FILE}"])
+
+def open_tokenizer(name: str, vocab: int | None = None) -> Tokenizer:
+    """That of data.tokenizer.  Raises ConfigError: none, one that cannot be used, or more ids than `vocab`."""
     tokenizer = ByteTokenizer() if name == "bytes" else FileTokenizer(tokenizer_path(name))
     if vocab is not None and tokenizer.size > vocab:
         raise ConfigError([f"model.vocab must hold the tokenizer's ids; got {vocab} and {tokenizer.size} "
@@ -158,10 +178,9 @@ def tokenizer_path(name: str) -> Path:
     """The tokenizer.json that a name other than "bytes" stands for.  Raises ConfigError where there is none."""
     path = Path(os.path.expanduser(name))
     file = path / TOKENIZER_FILE if path.is_dir() else path
-    if not file.is_file():
-        what = f"is a folder without {TOKENIZER_FILE}" if path.is_dir() else "is neither a file nor a folder"
-        raise ConfigError([f"data.tokenizer is bytes, or the path of a {TOKENIZER_FILE} or of its folder; {name!r} "
-                           f"{what}; correct it (relative paths start at {os.getcwd()})"])
+    if not name or not file.is_file():
+        raise ConfigError([f"text needs a tokenizer: data.tokenizer is bytes, or the path of a {TOKENIZER_FILE} or of "
+                           f"its folder; {name!r} is none; correct it (relative paths start at {os.getcwd()})"])
     return file
 
 
@@ -170,21 +189,19 @@ def tokenizer_files(name: str) -> dict[str, str]:
     if name in ("", "bytes"):
         return {}
     path = tokenizer_path(name)
-    files = {TOKENIZER_FILE: path} | {file: path.parent / file for file in (SETTINGS, SPECIAL, GENERATION, chat.FILE)}
+    files = {TOKENIZER_FILE: path} | {file: path.parent / file for file in (SETTINGS, SPECIAL, GENERATION, TEMPLATE)}
     return {file: found.read_text("utf-8") for file, found in files.items() if found.is_file()}
 
 
-def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object of a file, empty if there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ConfigError."""
     try:
-        found = json.loads(path.read_bytes().decode()) if path.is_file() else {}
-        if isinstance(found, dict):
-            return found
-        what = f"is of type {type(found).__name__}"
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        what = f"is none ({error})"
-    problems.append(f"a tokenizer's {path.name} must be a JSON object; {path} {what}; repair it, or take it away")
-    return {}
+        raise ConfigError([f"{path} must be a JSON object; it cannot be read ({error})"]) from None
+    if not isinstance(found, dict):
+        raise ConfigError([f"{path} must be a JSON object; it is a {type(found).__name__}"])
+    return found
 
 
 def token_text(token: Any) -> str | None:
@@ -193,5 +210,36 @@ def token_text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def whole(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+def sandbox() -> Any:
+    """A jinja2.Environment for templates, which are strangers' programs, with what published ones expect."""
+    import jinja2  # an optional extra
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} … {% endgeneration %}: what the assistant said, which is for training on it; it stays."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):
+        """What a template puts into it is nothing that Python itself looks up, such as __html__."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name.startswith("__"):
+                return object.__getattribute__(self, name)
+            return super().__getattribute__(name)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+    made.globals |= {"raise_exception": raise_exception, "namespace": Namespace,
+                     "strftime_now": lambda form: datetime.now().strftime(form),
+                     "dict": lambda *args, **kwargs: dict(*args, **kwargs)}
+    return made

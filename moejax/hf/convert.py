@@ -1,8 +1,4 @@
-"""Published checkpoints in and out: safetensors files, tensor by tensor, straight onto the devices of a mesh.
-
-What the tables of names.py say of a tensor gives its permutation: a dimension there is one axis of our weight or
-several, and the rest is sorting them.
-"""
+"""Published checkpoints in and out: safetensors files, tensor by tensor, straight onto the devices of a mesh."""
 
 import json
 import math
@@ -12,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +19,9 @@ from jax import Array
 
 from moejax import config as configs
 from moejax.config import ConfigError
+from moejax.data.tokenizer import read_json
 from moejax.hf.names import FAMILIES, WHOLE, Entry, describe, model_of, unlike
+from moejax.hf.reading import Reader
 from moejax.hf.safetensors import DTYPES, File, shards, write
 from moejax.model import transformer
 from moejax.model.sharded import Sharded
@@ -48,15 +46,18 @@ put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnu
 
 
 class Tensor(NamedTuple):
-    """Of a checkpoint: our weight, and where in it the tensor lies."""
+    """Of a checkpoint: our weight, and along each of its axes the part that the tensor holds."""
 
     entry: Entry
     weight: str
-    at: dict[str, int]  # index along `layer`, `expert`, `gate`
-    shape: tuple[int, ...]
+    part: dict[str, range]
 
-    def first(self) -> str:
-        return groups(self.entry)[0][0]
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(len(self.part[axis]) for axis in dim) for dim in groups(self.entry.axes))
+
+    def order(self) -> list[str]:
+        """The axes of our weight, as they follow in the tensor."""
+        return [axis for dim in groups(self.entry.axes) for axis in dim]
 
 
 class Checkpoint:
@@ -69,27 +70,25 @@ class Checkpoint:
             raise ConfigError([f"model_type is one of {', '.join(FAMILIES | WHOLE)}; {folder / 'config.json'} has "
                                f"{name!r}"])
         if found := self.config.get("quantization_config"):
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
-            raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised ({method}); "
-                               "take a checkpoint that is not, or dequantise it first"])
+            raise ConfigError([f"weights are float32, float16 or bfloat16; those of {folder} are quantised "
+                               f"({found!r:.80}); take a checkpoint that is not, or dequantise it first"])
         self.family = FAMILIES[WHOLE.get(name, name)]
         if self.family.encoder():
             self.config = alone(self.config, WHOLE.get(name, name))
         read = self.family.reader(self.config, "vision_config." * (name in WHOLE))
         self.model = model_of(self.family, read)
-        problems = read.problems
-        if self.model.vision and not problems:
-            more, problems = prepared(folder)
-            kept = [part for part in self.model.vision.split() if part.partition("=")[0] not in more]
-            self.model = replace(self.model, vision=" ".join([*kept, *(f"{key}={more[key]}" for key in more)]))
-        if problems:
-            raise ConfigError(problems)
+        if read.problems:
+            raise ConfigError(read.problems)
+        if self.model.vision:
+            kind, *parts = self.model.vision.split()
+            parts = dict(part.split("=") for part in parts) | prepared(folder)
+            self.model = replace(self.model, vision=" ".join([kind, *map("=".join, parts.items())]))
         self.files = self.open()
 
     def open(self) -> dict[str, File]:
         """Name -> the open file that holds the tensor."""
-        problems, found, (paths, index) = [], {}, self.shards()
-        for path in paths:
+        problems, found = [], {}
+        for path in self.paths():
             try:
                 file = File(path)
             except (ValueError, OSError) as error:
@@ -98,31 +97,23 @@ class Checkpoint:
             problems += [f"a tensor lies in one file; {name} is in {found[name].path} and in {path}; fetch them again"
                          for name in sorted(found.keys() & file.tensors.keys())]
             found |= dict.fromkeys(file.tensors, file)
-        problems = problems or [
-            f"{self.folder / INDEX} says in which file a tensor lies; {name} is said to be in {file}, and is "
-            f"{f'in {found[name].path.name}' if name in found else 'in none'}; fetch them again"
-            for name, file in index.items() if name not in found or found[name].path.name != file]
         if problems:
             raise ConfigError(problems)
         return found
 
-    def shards(self) -> tuple[list[Path], dict[str, str]]:
-        """The files, and in which of them the index says that a tensor lies."""
+    def paths(self) -> list[Path]:
         single, index = self.folder / "model.safetensors", self.folder / INDEX
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ConfigError([f"{index} names the files of the weights; it names none; fetch it again"])
-            names = sorted({x for x in weight_map.values() if isinstance(x, str) and x == Path(x).name})
-            problems = [f"{index} names files beside it; it has {file!r} for {name}; fetch it again"
-                        for name, file in weight_map.items() if file not in names]
-            problems += [f"{index} names the files of the weights; {name} is not there; fetch it again"
-                         for name in names if not (self.folder / name).is_file()]
+            where = read_json(index).get("weight_map")
+            names = sorted(set(map(str, where.values()))) if isinstance(where, dict) else []
+            problems = [f"{index} names the files of the weights beside it; {name} is none; fetch it again"
+                        for name in names or ["nothing"]
+                        if name != Path(name).name or not (self.folder / name).is_file()]
             if problems:
                 raise ConfigError(problems)
-            return [self.folder / name for name in names], weight_map
+            return [self.folder / name for name in names]
         if single.is_file():
-            return [single], {}
+            return [single]
         if pickled := sorted(x.name for x in self.folder.glob("*") if x.suffix in (".bin", ".pt", ".pth", ".ckpt")):
             raise ConfigError([f"weights are read from safetensors; {self.folder} has {', '.join(pickled)}, which are "
                                "pickle files: reading one can run any code in it; convert it to safetensors where you "
@@ -135,21 +126,21 @@ class Checkpoint:
 
     def check(self, wanted: Mapping[str, Tensor]) -> list[str]:
         """Raises ConfigError on tensors that are missing, too many or of another shape; returns those left out."""
-        wrong = [f"{name} of shape {list(wanted[name].shape)} is missing"
-                 for name in sorted(wanted.keys() - self.files.keys())]
-        left, layers = [], self.model.layers
-        for name in sorted(self.files.keys() - wanted.keys()):
+        wrong, left, layers = [], [], self.model.layers
+        for name in sorted(self.files.keys() | wanted.keys()):
+            shape = wanted[name].shape() if name in wanted else ()
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             later = layer and layers <= int(layer[1]) < layers + (self.config.get("num_nextn_predict_layers") or 0)
             other = (name in TIED and self.model.tied) or (self.family.encoder() and READS.match(name))
-            if later or other or UNUSED.search(name):
+            found = self.files[name].tensors[name] if name in self.files else None
+            if found is None:
+                wrong.append(f"{name} of shape {list(shape)} is missing")
+            elif name not in wanted and (later or other or UNUSED.search(name)):
                 left.append(name)
-            else:
+            elif name not in wanted:
                 wrong.append(f"{name} is there, and this model has no such tensor")
-        for name in sorted(wanted.keys() & self.files.keys()):
-            found = self.files[name].tensors[name]
-            if found.shape != wanted[name].shape:
-                wrong.append(f"{name} must have shape {list(wanted[name].shape)}; it has {list(found.shape)}")
+            elif found.shape != shape:
+                wrong.append(f"{name} must have shape {list(shape)}; it has {list(found.shape)}")
             elif found.dtype not in DTYPES:
                 wrong.append(f"{name} must be {', '.join(DTYPES)}; it is {found.dtype}")
         if wrong:
@@ -167,53 +158,44 @@ class Checkpoint:
             return dict(zip(by_weight, placed, strict=True)), left
 
     def place(self, sharded: Sharded, weight: str, parts: list[tuple[str, Tensor]], pool: ThreadPoolExecutor) -> Array:
-        shape, axes, sharding = sharded.shapes[weight], rules.names(sharded.axes[weight]), sharded.shardings[weight]
-        def block(index: tuple[slice, ...], device: jax.Device) -> Any:
-            """What the device holds: an array of the host that it takes as it is, or layers that it was sent."""
-            ranges = {axis: range(*one.indices(size)) for axis, one, size in zip(axes, index, shape, strict=True)}
-            if device.platform in IN_PLACE or "layer" not in ranges:
-                return self.read(ranges, parts, sharded, pool)
-            out = jnp.zeros([len(one) for one in ranges.values()], jnp.float32, device=device)
-            for at, layer in enumerate(ranges["layer"]):
-                out = put(out, self.read(ranges | {"layer": range(layer, layer + 1)}, parts, sharded, pool, device), at)
+        shape, sharding = sharded.shapes[weight], sharded.shardings[weight]
+        made, held = {}, sharding.addressable_devices_indices_map(shape)
+
+        def read(ranges: Mapping[str, range]) -> np.ndarray:
+            # Zeros, and they stay so in the balancing bias of a router that has none.
+            out = host_array(tuple(map(len, ranges.values())), np.float32)
+            list(pool.map(lambda part: self.fill(out, ranges, *part), parts))
             return out
 
-        made, held = {}, sharding.addressable_devices_indices_map(shape)
-        for device, index in held.items():
-            if str(index) not in made:  # other devices may hold the same
-                made[str(index)] = block(index, device)
+        distinct = {str(index): (index, device) for device, index in held.items()}  # several devices may hold the same
+        for key, (index, device) in distinct.items():
+            ranges = {axis: range(*one.indices(size))
+                      for axis, one, size in zip(rules.names(sharded.axes[weight]), index, shape, strict=True)}
+            if device.platform in IN_PLACE or "layer" not in ranges:
+                made[key] = read(ranges)
+                continue
+            out = jnp.zeros([len(one) for one in ranges.values()], jnp.float32, device=device)
+            for at, layer in enumerate(ranges["layer"]):  # each is gone from the host before the next is read
+                one = jax.device_put(read(ranges | {"layer": range(layer, layer + 1)}), device)
+                out = put(out, jax.block_until_ready(one), at)
+            made[key] = out
         return jax.make_array_from_single_device_arrays(shape, sharding, [
             jax.device_put(made[str(index)], device) for device, index in held.items()])
 
-    def read(self, ranges: Mapping[str, range], parts: list[tuple[str, Tensor]], sharded: Sharded,
-             pool: ThreadPoolExecutor, device: jax.Device | None = None) -> Any:
-        """A part of our weight on this host, or on the device, once it is there."""
-        # Zeros, and they stay so in the balancing bias of a router that has none.
-        out = host_array(tuple(len(one) for one in ranges.values()), np.float32)
-        list(pool.map(lambda part: self.fill(out, ranges, *part, sharded), parts))
-        return out if device is None else jax.block_until_ready(jax.device_put(out, device))
-
-    def fill(self, out: np.ndarray, ranges: Mapping[str, range], name: str, tensor: Tensor, sharded: Sharded) -> None:
-        """The part of our block that one tensor holds."""
-        if any(i not in ranges[axis] for axis, i in tensor.at.items()):
-            return
-        sizes = dict(zip(rules.names(sharded.axes[tensor.weight]), sharded.shapes[tensor.weight], strict=True))
-        if (rows := tensor.entry.rows) is not None:
-            axis, held = tensor.first(), ranges[tensor.first()]
-            a, b = max(held.start, rows.start), min(held.stop, rows.stop)
-            if a >= b:
+    def fill(self, out: np.ndarray, ranges: Mapping[str, range], name: str, tensor: Tensor) -> None:
+        """The part of our block, of these ranges, that one tensor holds."""
+        order, file, at, cuts = tensor.order(), self.files[name], [], {}
+        for axis, held in ranges.items():
+            there = tensor.part[axis]
+            begin, end = max(held.start, there.start), min(held.stop, there.stop)
+            if begin >= end:
                 return
-            out = out[tuple(slice(a - held.start, b - held.start) if one == axis else slice(None) for one in ranges)]
-            ranges, sizes[axis] = {**ranges, axis: range(a - rows.start, b - rows.start)}, len(rows)
-        file, order = self.files[name], [axis for dim in groups(tensor.entry) for axis in dim]
-        cuts = {axis: slice(ranges[axis].start, ranges[axis].stop) for axis in order}
-        turns = [axis for axis in order if f"{axis}~" in tensor.entry.axes]  # these are cut when they are turned
-        value = file.view(name).reshape([sizes[axis] for axis in order])
-        value = value[tuple(slice(None) if axis in turns else cuts[axis] for axis in order)]
-        value = turned(value, tensor.entry, sharded.config.model, interleaved=True)
-        value = value[tuple(cuts[axis] if axis in turns else slice(None) for axis in order)]
-        at = tuple(tensor.at[axis] - ranges[axis].start if axis in tensor.at else slice(None) for axis in ranges)
-        copy(out[at], value.transpose([order.index(axis) for axis in ranges if axis not in tensor.at]))
+            at.append(slice(begin - held.start, end - held.start) if axis in order else begin - held.start)
+            cuts[axis] = slice(begin - there.start, end - there.start)
+        value = file.view(name).reshape([len(tensor.part[axis]) for axis in order])
+        cuts |= {axis: places[cuts[axis]] for axis, places in pairs(tensor, self.model).items()}
+        value = value[tuple(cuts[axis] for axis in order)]
+        copy(out[tuple(at)], value.transpose([order.index(axis) for axis in ranges if axis in order]))
         file.leave(name)
 
 
@@ -225,59 +207,50 @@ def entries_of(published: Mapping[str, Any], names: Iterable[str] = ()) -> tuple
         entries = tuple(entry._replace(there=entry.there.removeprefix(SEES)) for entry in entries)
     if not published.get("rope_interleave", True):
         entries = tuple(entry._replace(axes=entry.axes.replace("~", "")) for entry in entries)
-    counts = {entry.rows: [values.get(key) or 0 for key in entry.rows.split()] for entry in entries if entry.rows}
-    return tuple(entry._replace(rows=range(sum(counts[entry.rows][:-1]), sum(counts[entry.rows])))
-                 if entry.rows else entry for entry in entries)
+    count, more = (values.get(key) or 0 for key in ("vocab_size", "additional_vocab_size"))
+    rows = {"vocab_size": range(count), "additional_vocab_size": range(count, count + more)}
+    return tuple(entry._replace(rows=rows.get(entry.rows)) for entry in entries)
 
 
 def alone(config: dict[str, Any], kind: str) -> dict[str, Any]:
     """The config.json of an image encoder by itself, or the half of CLIP or SigLIP that sees.  Raises ConfigError."""
-    known = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
+    known, read = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}, Reader(config)
     if config["model_type"] == kind:
         return config | known
-    found = next((config[key] for key in ("vision_config_dict", "vision_config") if config.get(key) is not None), {})
-    if not isinstance(found, dict):
-        raise ConfigError([f"config.json must hold a JSON object, as vision_config; it has {found!r}"])
+    found = read("vision_config_dict", {}) or read("vision_config", {})
+    if read.problems:
+        raise ConfigError(read.problems)
     return found | known | {key: config[key] for key in ("dtype", "torch_dtype") if key in config}
 
 
-def prepared(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """How a checkpoint's images are made ready, as `model.vision` says it, and what is wrong with that."""
-    found: Any = next((read_json(folder / name) for name in BESIDE[-2:] if (folder / name).is_file()), {})
-    found, problems, text = found.get("image_processor", found), [], {}
-    if not isinstance(found, dict):
-        return {}, [f"an image_processor is a JSON object; {folder / BESIDE[-1]} has {found!r}"]
+def prepared(folder: Path) -> dict[str, str]:
+    """How a checkpoint's images are made ready, as `model.vision` says it.  Raises ConfigError."""
+    found = next((read_json(folder / name) for name in BESIDE[-2:] if (folder / name).is_file()), {})
+    found = found["image_processor"] if isinstance(found.get("image_processor"), dict) else found
     if found.get("do_rescale") is False or found.get("rescale_factor") not in (None, 1 / 255):
-        problems.append(f"bytes of pixels are divided by 255 here; {folder} has do_rescale "
-                        f"{found.get('do_rescale')} and rescale_factor {found.get('rescale_factor')}")
-    if "do_center_crop" in found:
-        text["fit"] = "crop" if found["do_center_crop"] else "squash"
-    for key, name, none in (("image_mean", "mean", 0.0), ("image_std", "std", 1.0)):
-        value = [none] * 3 if found.get("do_normalize") is False else found.get(key)
-        if isinstance(value, list) and len(value) == 3 and all(
-                type(x) in (int, float) and math.isfinite(x) and (x > 0 or name == "mean") for x in value):
-            text[name] = ",".join(map(repr, map(float, value)))
-        elif value is not None:
-            problems.append(f"{key} has a number each for red, green and blue{', above 0' * (name == 'std')}; "
-                            f"preprocessor_config.json has {value!r}")
-    return text, problems
+        raise ConfigError([f"bytes of pixels are divided by 255 here; {folder} has do_rescale "
+                           f"{found.get('do_rescale')} and rescale_factor {found.get('rescale_factor')}"])
+    if found.get("do_normalize") is False:
+        found |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    told = {name: str(found[f"image_{name}"]).strip("[]").replace(" ", "") for name in ("mean", "std")
+            if found.get(f"image_{name}") is not None}
+    return told | ({"fit": "crop" if found["do_center_crop"] else "squash"} if "do_center_crop" in found else {})
 
 
-def groups(entry: Entry) -> list[list[str]]:
+@cache
+def groups(axes: str) -> list[list[str]]:
     """The axes of every dimension of a tensor: "(heads head) embed" is [["heads", "head"], ["embed"]]."""
-    parts = re.findall(r"\([^)]*\)|\S+", entry.axes.replace("~", ""))
+    parts = re.findall(r"\([^)]*\)|\S+", axes.replace("~", ""))
     return [[] if part == "1" else part.strip("()").split() for part in parts]
 
 
-def turned(value: np.ndarray, entry: Entry, model: configs.Model, interleaved: bool) -> np.ndarray:
-    """Along an axis marked ~, the last entries from neighbouring pairs to halves, or back."""
-    if "~" not in entry.axes:
-        return value
-    marked = next(part.strip("()~") for part in entry.axes.split() if "~" in part)
-    axis = [name for dim in groups(entry) for name in dim].index(marked)
-    size, count = value.shape[axis], model.latent[2]
-    order = np.r_[:size - count, size - count:size:2, size - count + 1:size:2]  # … 0 2 4 … 1 3 5 …
-    return np.take(value, order if interleaved else np.argsort(order), axis)
+def pairs(tensor: Tensor, model: configs.Model) -> dict[str, np.ndarray]:
+    """Of an axis marked ~: where the entries of our weight are in the tensor, which ends in pairs of neighbours."""
+    found = {}
+    for axis in re.findall(r"(\w+)~", tensor.entry.axes):
+        size, turned = len(tensor.part[axis]), model.latent[2]
+        found[axis] = np.r_[:size - turned, size - turned:size:2, size - turned + 1:size:2]  # … 0 2 4 … 1 3 5 …
+    return found
 
 
 def copy(out: np.ndarray, value: np.ndarray) -> None:
@@ -298,22 +271,25 @@ def tensors(entries: Sequence[Entry], sharded: Sharded) -> dict[str, Tensor]:
     """Every tensor of a checkpoint of this model."""
     found, numbered = {}, stacks(sharded.config.model)
     for entry in entries:
-        inside = stacked(entry)
+        inside = next((kind for kind in numbered if f"{{{kind}}}" in entry.there), None)
         for prefix, layers in numbered[inside].items() if inside else [("", [0])]:
             weight = f"{prefix}.{entry.here}".lstrip(".")
-            if weight not in sharded.axes or not fits(entry, rules.names(sharded.axes[weight])):
+            order = [axis for dim in groups(entry.axes) for axis in dim]
+            named = {"layer": inside, "expert": "{expert}" in entry.there, "gate": entry.gate is not None}
+            named = [axis for axis, there in named.items() if there]  # axes along which the name has a number
+            if weight not in sharded.axes or sorted([*order, *named]) != sorted(rules.names(sharded.axes[weight])):
                 continue
-            sizes = dict(zip(rules.names(sharded.axes[weight]), sharded.shapes[weight], strict=True))
+            part = dict(zip(rules.names(sharded.axes[weight]), map(range, sharded.shapes[weight]), strict=True))
             if entry.rows is not None:
-                sizes[groups(entry)[0][0]] = len(entry.rows)
-            shape = tuple(math.prod(sizes[axis] for axis in dim) for dim in groups(entry))
-            if 0 in shape:
+                part[order[0]] = entry.rows
+            if not all(part.values()):
                 continue
             for row, layer in enumerate(layers):
-                for expert in range(sizes["expert"]) if "{expert}" in entry.there else [None]:
-                    at = {"layer": row if inside else None, "expert": expert, "gate": entry.gate}
+                for expert in part["expert"] if "expert" in named else [0]:
+                    at = {"layer": row, "expert": expert, "gate": entry.gate}
                     name = entry.there.format(expert=expert, **{inside or "layer": layer})
-                    found[name] = Tensor(entry, weight, {k: v for k, v in at.items() if v is not None}, shape)
+                    found[name] = Tensor(entry, weight, part | {
+                        axis: range(at[axis], at[axis] + 1) for axis in named})
     return found
 
 
@@ -329,66 +305,45 @@ def stacks(model: configs.Model) -> dict[str, dict[str, list[int]]]:
             "depth": {"vision.resampler.layer": list(range(look.depth))} if look and look.latents else {}}
 
 
-def stacked(entry: Entry) -> str | None:
-    return next((kind for kind in ("layer", "cross", "block", "depth") if f"{{{kind}}}" in entry.there), None)
-
-
-def fits(entry: Entry, axes: Sequence[str]) -> bool:
-    """Whether the tensor's axes, with those that its name fixes, are those of our weight."""
-    named = {"layer": stacked(entry) is not None, "expert": "{expert}" in entry.there, "gate": entry.gate is not None}
-    held = [axis for dim in groups(entry) for axis in dim]
-    return sorted([*held, *(axis for axis, there in named.items() if there)]) == sorted(axes)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{path} must be a JSON object; it cannot be read ({error})"]) from None
-    if not isinstance(found, dict):
-        raise ConfigError([f"{path} must be a JSON object; it is a {type(found).__name__}"])
-    return found
-
-
-def family_of(model: configs.Model, longest: int) -> tuple[str, dict[str, Any]]:
-    """The family that can express a model, and its config.json.  Raises ConfigError: what the nearest one lacks."""
-    lacks = {}
-    for name, family in FAMILIES.items():
-        found = describe(model, family, longest)
-        read = family.reader(found)
-        lacks[name] = unlike(model, model_of(family, read)) + read.problems
-        if not lacks[name]:
-            return name, {"model_type": name, "architectures": [family.architecture], **found}
-    nearest = min(lacks, key=lambda name: len(lacks[name]))
-    raise ConfigError([f"an export is of a family that can express the model ({', '.join(FAMILIES)}); {nearest} comes "
-                       f"nearest, and cannot express {what}; train a model without it" for what in lacks[nearest]])
-
-
-def expresses(published: Mapping[str, Any], model: configs.Model) -> bool:
-    """Whether a config.json is of this model, apart from what is of training."""
+def lacks(published: Mapping[str, Any], model: configs.Model) -> list[str]:
+    """What a config.json does not say of this model, apart from what is of training."""
     family = FAMILIES[published["model_type"]]
-    return not unlike(model, model_of(family, family.reader(published)))
+    read = family.reader(published)
+    return unlike(model, model_of(family, read)) + read.problems
+
+
+def family_of(model: configs.Model, longest: int) -> dict[str, Any]:
+    """The config.json of the family that can express a model.  Raises ConfigError: what the nearest one lacks."""
+    found = [{"model_type": name, "architectures": [family.architecture], **describe(model, family, longest)}
+             for name, family in FAMILIES.items()]
+    nearest = min(found, key=lambda published: len(lacks(published, model)))
+    if missing := lacks(nearest, model):
+        raise ConfigError([f"an export is of a family that can express the model ({', '.join(FAMILIES)}); "
+                           f"{nearest['model_type']} comes nearest, and cannot express {what}; train a model without "
+                           "it" for what in missing])
+    return nearest
 
 
 def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, published: dict[str, Any],
            dtypes: Mapping[str, str], default: str) -> dict[str, Any]:
-    """Write a model as a checkpoint of a family: files of at most SHARD bytes, and `published` as config.json, whose
-    model_type names the family.  The dtypes are keys of DTYPES, by tensor.  Returns {"tensors": number, "bytes": of
-    all}.  Raises ConfigError where a number is too large for float16.
+    """A model as files of at most SHARD bytes, and `published` as config.json, whose model_type names the family.
+
+    The dtypes are keys of DTYPES, by tensor.  Returns {"tensors": number, "bytes": of all}.  Raises ConfigError where a
+    number is too large for float16.
     """
     wanted = tensors(entries_of(published, dtypes), sharded)
-    sizes = {name: math.prod(one.shape) * DTYPES[dtypes.get(name, default)].itemsize for name, one in wanted.items()}
-    large = {name: float(jnp.max(jnp.abs(weights[name]))) for name in sorted(
-        {one.weight for key, one in wanted.items() if dtypes.get(key, default) == "F16"})}
-    problems = [f"float16 holds numbers below {FLOAT16}; {name} goes up to {most:.6g}; export as bfloat16 or float32"
-                for name, most in large.items() if FLOAT16 <= most < math.inf]
-    if problems:
+    kinds = {name: dtypes.get(name, default) for name in wanted}
+    sizes = {name: math.prod(one.shape()) * DTYPES[kinds[name]].itemsize for name, one in wanted.items()}
+    large = {name: float(jnp.max(jnp.abs(weights[name])))
+             for name in sorted({one.weight for key, one in wanted.items() if kinds[key] == "F16"})}
+    if problems := [f"float16 holds numbers below {FLOAT16}; {name} goes up to {most:.6g}; export as bfloat16 or "
+                    "float32" for name, most in large.items() if FLOAT16 <= most < math.inf]:
         raise ConfigError(problems)
     files, where = list(shards(sizes, SHARD)), {}
     for i, names in enumerate(files, 1):
         path = folder / ("model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors")
-        write(path, {name: (dtypes.get(name, default), wanted[name].shape) for name in names},
-              lambda name: fetch(weights, wanted[name], sharded))
+        write(path, {name: (kinds[name], wanted[name].shape()) for name in names},
+              lambda name: fetch(weights, wanted[name], sharded.config.model))
         where |= dict.fromkeys(names, path.name)
     if len(files) > 1:
         (folder / INDEX).write_text(json.dumps(
@@ -397,15 +352,15 @@ def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, publish
     return {"tensors": len(wanted), "bytes": sum(sizes.values())}
 
 
-def fetch(weights: Mapping[str, Array], tensor: Tensor, sharded: Sharded) -> np.ndarray:
+def fetch(weights: Mapping[str, Array], tensor: Tensor, model: configs.Model) -> np.ndarray:
     """One tensor as it is published, float32."""
-    axes = rules.names(sharded.axes[tensor.weight])
-    rows = tensor.entry.rows
-    at = tensor.at if rows is None else tensor.at | {tensor.first(): slice(rows.start, rows.stop)}
-    value = np.asarray(weights[tensor.weight][tuple(at.get(axis, slice(None)) for axis in axes)])
-    held = [axis for axis in axes if axis not in tensor.at]
-    value = value.transpose([held.index(axis) for dim in groups(tensor.entry) for axis in dim])
-    value = turned(value, tensor.entry, sharded.config.model, interleaved=False)
+    order, part = tensor.order(), tensor.part
+    value = np.asarray(weights[tensor.weight][tuple(
+        slice(one.start, one.stop) if axis in order else one.start for axis, one in part.items())])
+    held = [axis for axis in part if axis in order]
+    value = value.transpose([held.index(axis) for axis in order])
+    for axis, places in pairs(tensor, model).items():
+        value = np.take(value, np.argsort(places), order.index(axis))
     out = np.zeros(value.shape, np.float32)
     copy(out, value)
-    return out.reshape(tensor.shape)
+    return out.reshape(tensor.shape())

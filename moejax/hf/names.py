@@ -1,18 +1,16 @@
 """Families of published checkpoints: a table from their tensors to our weights, and the way back of their config.
 
 An `Entry` names the dimensions of a tensor by the axes of our weight (model/weights.py), so that the permutation
-follows from the two; several axes in brackets share a dimension.  The model never asks for a family's name: what a
-family needs is a value in the config.
+follows from the two; several axes in brackets share a dimension.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moejax.config import CROSSED, Model
 from moejax.hf import reading
-from moejax.hf.reading import ACTIVATIONS, ENCODER_ACTIVATIONS, Reader
+from moejax.hf.reading import ACTIVATIONS, ENCODER_ACTIVATIONS, ROPE_KEYS, Reader
 from moejax.model.rotary import yarn_factor
 
 
@@ -20,15 +18,15 @@ class Entry(NamedTuple):
     """One kind of tensor.
 
     `there` has {layer} and {expert} for numbers, {cross} of layers with cross-attention, {block} of the image encoder
-    and {depth} of the resampler; `here` ends the name of our weight, in a layer or of the model; an axis marked ~ ends
-    in entries that rotary positions turn in neighbouring pairs, where ours turn halves; 1 is a dimension of one entry.
+    and {depth} of the resampler; `here` ends the name of our weight; an axis marked ~ ends in entries that rotary
+    positions turn in neighbouring pairs, where ours turn halves; 1 is a dimension of one entry.
     """
 
     there: str
     here: str
     axes: str
     gate: int | None = None  # the tensor is this one of the matrices into the hidden layer
-    rows: str | range | None = None  # of ours, first axis: keys of config.json count them, the last, and those before
+    rows: str | range | None = None  # of ours, along the first axis: those that this key of config.json counts
 
 
 def both(there: str, here: str, axes: str, bias: str = "norm", gate: int | None = None) -> tuple[Entry, Entry]:
@@ -106,7 +104,7 @@ IDEFICS = (
     *(entry for entry in OUTSIDE if entry.here not in ("embedding", "head")), *ATTENTION, *DENSE,
     *(Entry(f"{there}{part}.weight", here, "vocab embed", rows=rows)
       for there, here, more in (("model.embed_tokens", "embedding", "embedding"), ("lm_head", "head", "fc"))
-      for part, rows in (("", "vocab_size"), (f".additional_{more}", "vocab_size additional_vocab_size"))),
+      for part, rows in (("", "vocab_size"), (f".additional_{more}", "additional_vocab_size"))),
     *seeing("model.vision_model."),
     *norm(CROSS + "input_layernorm", "norm"), *norm(CROSS + "post_attention_layernorm", "feed_norm"),
     *attention(CROSS + "cross_attn."), *mlp(CROSS + "mlp.", "mlp."),
@@ -126,7 +124,7 @@ class Family(NamedTuple):
     architecture: str
     entries: tuple[Entry, ...]
     read: Callable[[Reader], dict[str, Any]]
-    silent: Mapping[str, Any] = MappingProxyType({})  # what it means that a config lacks a key, where not null
+    silent: Mapping[str, Any] = {}  # what it means that a config lacks a key, where not null
 
     def reader(self, published: Mapping[str, Any], inside: str = "") -> Reader:
         return Reader({**self.silent, **published}, inside)
@@ -141,15 +139,12 @@ def model_of(family: Family, read: Reader) -> Model:
     if family.encoder():
         return Model(layers=0, **family.read(read))
     heads, width = read.require("num_attention_heads"), read.require("hidden_size")
-    act = read("hidden_act", "silu")
-    if act not in ACTIVATIONS:
-        read.problems.append(f"hidden_act can be {', '.join(ACTIVATIONS)} here; config.json has {act!r}")
     theta, scaling = reading.rope(read)
     return Model(**dict(
         layers=read.require("num_hidden_layers"), pattern="D", d_model=width, heads=heads,
         kv_heads=read("num_key_value_heads", heads), head_dim=read("head_dim", width // heads),
-        hidden=read.require("intermediate_size"), activation=ACTIVATIONS.get(act, "swiglu"),
-        norm_eps=float(read("rms_norm_eps", 1e-6)), rope_theta=theta, rope_scaling=scaling,
+        hidden=read.require("intermediate_size"), activation=ACTIVATIONS[read.only("hidden_act", *ACTIVATIONS)],
+        norm_eps=read("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
         vocab=read.require("vocab_size"), tied=read("tie_word_embeddings", False)) | family.read(read))
 
 
@@ -182,8 +177,8 @@ FAMILIES = {
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (
         *OUTSIDE, *LATENT, *DENSE, *QWEN_EXPERTS, *mlp(MLP + "shared_experts.", "feed.shared."),
         Entry(MLP + "gate.e_score_correction_bias", "feed.bias", "choice")), reading.deepseek_v3),
-    "clip_vision_model": Family("CLIPVisionModel", seeing("vision_model."), reading.clip, reading.CLIP),
-    "siglip_vision_model": Family("SiglipVisionModel", seeing("vision_model."), reading.siglip, reading.SIGLIP),
+    "clip_vision_model": Family("CLIPVisionModel", seeing("vision_model."), reading.clip),
+    "siglip_vision_model": Family("SiglipVisionModel", seeing("vision_model."), reading.siglip),
     "idefics": Family("IdeficsForVisionText2Text", IDEFICS, reading.idefics, {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32}),
@@ -193,8 +188,7 @@ WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # with a
 
 def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
     """A config.json for a model and `longest` tokens at most; reading it back says how far the family expresses it."""
-    moe, kinds, shared = model.moe, model.layer_kinds(), model.moe.shared
-    first = kinds.index("M") if "M" in kinds else len(kinds)
+    moe, kinds = model.moe, model.layer_kinds()
     latent_ = model.latent or (0, 0, model.head_dim, model.head_dim)
     scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
     kind, numbers = model.rope()
@@ -214,9 +208,9 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
         "num_experts_per_tok": moe.active, "moe_intermediate_size": moe.hidden, "norm_topk_prob": moe.renormalise,
         "router_aux_loss_coef": moe.balance_loss, "input_jitter_noise": moe.jitter,
         "router_jitter_noise": moe.mixer_gap if family.read is reading.phimoe else moe.jitter,
-        "shared_expert_intermediate_size": shared, "n_shared_experts": shared // moe.hidden,
+        "shared_expert_intermediate_size": moe.shared, "n_shared_experts": moe.shared // moe.hidden,
         "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "D"], "decoder_sparse_step": 1,
-        "first_k_dense_replace": first, "n_group": moe.expert_groups, "topk_group": moe.active_groups,
+        "first_k_dense_replace": f"{kinds}M".index("M"), "n_group": moe.expert_groups, "topk_group": moe.active_groups,
         "routed_scaling_factor": moe.scale, "q_lora_rank": latent_[0] or None, "kv_lora_rank": latent_[1],
         "qk_rope_head_dim": latent_[2], "qk_nope_head_dim": model.head_dim - latent_[2], "v_head_dim": latent_[3],
         "rope_interleave": True, "clip_qkv": model.qkv_limit, "swiglu_alpha": model.clamp[0],
@@ -224,77 +218,75 @@ def describe(model: Model, family: Family, longest: int) -> dict[str, Any]:
         "attention_multiplier": scale[2] or model.head_dim**-0.5, "logits_scaling": 1 / scale[3]}
     read = family.reader(every := every | sight(model, family))
     model_of(family, read)
-    asked = read.asked | ({"rope_interleave"} if model.latent else set())
-    return {key: value for key, value in every.items() if key in asked}
+    return {key: value for key, value in every.items() if key in read.asked}
 
 
 def sight(model: Model, family: Family) -> dict[str, Any]:
     """What a config.json says of images."""
-    told, look, letters = model.encoder(), model.looks(), model.layer_letters()
-    found = {} if told is None else {
+    told, look = model.encoder(), model.looks()
+    if told is None or not (family.encoder() or (family.read is reading.idefics and look)):
+        return {}
+    found = {
         "hidden_size": told.width, "intermediate_size": told.hidden, "num_hidden_layers": told.layers,
         "num_attention_heads": told.heads, "num_channels": 3, "image_size": told.size, "patch_size": told.patch,
         "hidden_act": next(name for name, ours in ENCODER_ACTIVATIONS.items() if ours == told.act),
-        "layer_norm_eps": told.eps, "vision_use_head": bool(told.pool)}
+        "layer_norm_eps": told.eps}
     if family.encoder():
-        return found
-    if family.read is not reading.idefics or told is None or look is None:
-        return {}
-    crossed = [i for i, letter in enumerate(letters) if letter in CROSSED]
+        return found | {"vision_use_head": bool(told.pool)}
     perceiver = {} if not look.latents else {
         "resampler_n_latents": look.latents, "resampler_depth": look.depth, "resampler_n_heads": look.heads,
         "resampler_head_dim": look.head, "qk_layer_norms_perceiver": look.latent_norm == "head"}
-    found = {"embed_dim" if key == "hidden_size" else key: found[key] for key in found if key != "vision_use_head"}
+    found["embed_dim"] = found.pop("hidden_size")
+    crossed = [i for i, letter in enumerate(model.layer_letters()) if letter in CROSSED]
     return {"additional_vocab_size": 0, "vision_config": found, "perceiver_config": perceiver,
-            "cross_layer_interval": crossed[1] if len(crossed) > 1 else model.layers,
-            "alpha_type": "vector" if look.gate == "vector" else "float", "qk_layer_norms": look.norm == "head",
-            "use_resampler": look.latents > 0}
+            "cross_layer_interval": [*crossed, model.layers, model.layers][1], "use_resampler": look.latents > 0,
+            "alpha_type": "vector" if look.gate == "vector" else "float", "qk_layer_norms": look.norm == "head"}
 
 
 def rope_parameters(model: Model) -> dict[str, Any]:
     kind, numbers = model.rope()
-    names = {"low": "low_freq_factor", "high": "high_freq_factor", "original": "original_max_position_embeddings",
-             "fast": "beta_fast", "slow": "beta_slow", "attention": "attention_factor"}
-    found = {names.get(name, name): number for name, number in numbers.items()}
-    found |= {key: kind(found[key]) for key, kind in (("truncate", bool), (names["original"], int)) if key in found}
+    found = {ROPE_KEYS[name]: number for name, number in numbers.items()}
+    found |= {key: kind(found[key]) for key, kind in (("truncate", bool), (ROPE_KEYS["original"], int)) if key in found}
     return {"rope_type": kind or "default", "rope_theta": model.rope_theta} | found
+
+
+OF_TRAINING = ("group", "capacity_factor", "priority", "jitter", "balance_loss", "balance_scope", "z_loss", "bias_rate",
+               "dispatcher")  # fields of MoE
 
 
 def unlike(model: Model, other: Model) -> list[str]:
     """The fields in which two models compute something else, in words."""
-    def plain(model: Model) -> dict[str, Any]:
-        kinds, moe = model.layer_kinds(), asdict(model.moe)
-        told, look = model.encoder(), model.looks()
-        seen = {"vision": told and told.kind, "cross": look and look.kind}
-        if told:  # how pixels are made ready is said elsewhere
-            seen |= {f"vision.{name}": it for name, it in vars(told).items() if name not in ("fit", "mean", "std")}
-            seen |= {"vision.grid": told.grid or told.size // told.patch,
-                     "vision.pool": told.pool and told.kind == "siglip"}
-        if look:
-            inner = () if look.latents else ("depth", "heads", "head", "latent_norm")
-            seen |= {f"cross.{name}": value for name, value in vars(look).items() if name not in inner}
-        if not model.layers:
-            return {"layers": 0} | seen
-        found = asdict(model) | {"pattern": model.layer_letters(), "moe": None, "biases": sorted(model.biases)} | seen
-        kind, numbers = model.rope()
-        if kind == "yarn":  # what it is where it is not said
-            numbers = {"fast": 32, "slow": 1, "truncate": 1, "attention": yarn_factor(numbers["factor"])} | numbers
-        scale = model.multipliers or (1.0, 1.0, 0.0, 1.0)
-        found |= {"rope_scaling": (kind, sorted(numbers.items())),
-                  "multipliers": tuple(round(x or model.head_dim**-0.5, 12) for x in scale)}
-        unused = {"hidden": not set(found["pattern"].upper()) & set("DVW"), "window": found["pattern"].isupper(),
-                  "clamp": model.activation != "clamped_swiglu", "kv_heads": bool(model.latent)}
-        of_training = ("group", "capacity_factor", "priority", "jitter", "balance_loss", "balance_scope", "z_loss",
-                       "bias_rate", "dispatcher")
-        if "M" in kinds:
-            router = model.moe.router
-            unused |= {"moe." + name: True for name in of_training} | {
-                "moe.mixer_gap": router != "sparsemixer", "moe.softmax": router != "topk",
-                "moe.renormalise": router in ("sparsemixer", "expert_choice")}
-            if router == "topk" and moe["softmax"] == "after":  # the same as choosing after the softmax
-                moe |= {"softmax": "before", "renormalise": True}
-            found |= {f"moe.{name}": value for name, value in moe.items()}
-        return {name: value for name, value in found.items() if not unused.get(name)}
-
-    a, b = plain(model), plain(other)
+    a, b = computed(model), computed(other)
     return [f"model.{name}={a.get(name)!r} (it has {b.get(name)!r})" for name in a if a.get(name) != b.get(name)]
+
+
+def computed(model: Model) -> dict[str, Any]:
+    """The fields of a model that decide what it computes, and what goes without saying."""
+    told, look, kinds, moe = model.encoder(), model.looks(), model.layer_kinds(), asdict(model.moe)
+    seen = {"vision": told and told.kind, "cross": look and look.kind}
+    if told:  # how pixels are made ready is said elsewhere
+        seen |= {f"vision.{name}": it for name, it in vars(told).items() if name not in ("fit", "mean", "std")}
+        seen |= {"vision.grid": told.grid or told.size // told.patch,
+                 "vision.pool": told.pool and told.kind == "siglip"}
+    if look:
+        inner = () if look.latents else ("depth", "heads", "head", "latent_norm")
+        seen |= {f"cross.{name}": value for name, value in vars(look).items() if name not in inner}
+    if not model.layers:
+        return {"layers": 0} | seen
+    kind, numbers = model.rope()
+    if kind == "yarn":
+        numbers = {"fast": 32, "slow": 1, "truncate": 1, "attention": yarn_factor(numbers["factor"])} | numbers
+    found = asdict(model) | seen | {
+        "pattern": model.layer_letters(), "moe": None, "biases": sorted(model.biases),
+        "rope_scaling": (kind, sorted(numbers.items())),
+        "multipliers": tuple(round(x or model.head_dim**-0.5, 12) for x in model.multipliers or (1.0, 1.0, 0.0, 1.0))}
+    unused = {"hidden": not set(found["pattern"].upper()) & set("DVW"), "window": found["pattern"].isupper(),
+              "clamp": model.activation != "clamped_swiglu", "kv_heads": bool(model.latent)}
+    if "M" in kinds:
+        router = model.moe.router
+        if router == "topk" and moe["softmax"] == "after":  # the same as choosing after the softmax
+            moe |= {"softmax": "before", "renormalise": True}
+        found |= {f"moe.{name}": value for name, value in moe.items() if name not in OF_TRAINING}
+        unused |= {"moe.mixer_gap": router != "sparsemixer", "moe.softmax": router != "topk",
+                   "moe.renormalise": router in ("sparsemixer", "expert_choice")}
+    return {name: value for name, value in found.items() if not unused.get(name)}

@@ -1,7 +1,6 @@
 """The file format of published weights: eight bytes of length, a JSON header, and the tensors end to end.
 
-Files are mapped, so that a tensor is transposed and widened straight from the page cache: the package safetensors
-copies every slice first.
+Files are mapped, and tensors transposed straight from the page cache: the package safetensors copies each slice first.
 """
 
 import json
@@ -9,7 +8,7 @@ import math
 import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,24 +39,24 @@ class File:
         start = PREFIX + int.from_bytes(self.map[:PREFIX], "little")
         if start > size:
             raise ValueError(f"its header ends at byte {start}, the file at {size}")
+        self.tensors: dict[str, Header] = {}
         try:
-            found = json.loads(self.map[PREFIX:start])
-            self.tensors = {name: header(one, start) for name, one in found.items() if name != "__metadata__"}
+            for name, one in json.loads(self.map[PREFIX:start]).items():
+                if name != "__metadata__":
+                    (begin, end), dtype, shape = one["data_offsets"], one["dtype"], one["shape"]
+                    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
+                        raise ValueError(f"a tensor has a dtype, a shape and two offsets; got {one}")
+                    self.tensors[name] = Header(dtype, tuple(shape), start + begin, start + end)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"its header cannot be read: {type(error).__name__}: {error}") from None
-        self.check(start, size)
-
-    def check(self, start: int, size: int) -> None:
-        """The tensors fill what follows the header, end to end."""
-        at = start
+        at = start  # the tensors fill what follows the header, end to end
         for name, one in sorted(self.tensors.items(), key=lambda item: item[1][2:]):
-            if one.end > size:
-                raise ValueError(f"{name} ends at byte {one.end}, the file at {size}")
-            if one.begin != at or one.end < at:
-                raise ValueError(f"{name} lies from byte {one.begin} to {one.end}, what is before it ends at {at}")
-            known, at = DTYPES.get(one.dtype), one.end
-            if known is not None and math.prod(one.shape) * known.itemsize != one.end - one.begin:
-                raise ValueError(f"{name} is {one.dtype}{list(one.shape)} and has {one.end - one.begin} bytes")
+            known = DTYPES.get(one.dtype)
+            taken = math.prod(one.shape) * known.itemsize if known is not None else one.end - one.begin
+            if not at == one.begin <= one.end <= size or one.end - one.begin != taken:
+                raise ValueError(f"{name} is {one.dtype}{list(one.shape)} and lies from byte {one.begin} to {one.end}, "
+                                 f"what is before it ends at {at}, and the file at {size}")
+            at = one.end
         if at != size:
             raise ValueError(f"its tensors end at byte {at}, the file at {size}")
 
@@ -72,14 +71,6 @@ class File:
         begin = -(-one.begin // page) * page
         if one.end > begin and hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED, begin, one.end - begin)
-
-
-def header(one: dict[str, Any], start: int) -> Header:
-    """Of one tensor, from what the file says of it.  Raises ValueError, KeyError or TypeError."""
-    (begin, end), dtype, shape = one["data_offsets"], one["dtype"], one["shape"]
-    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (begin, end, *shape)):
-        raise ValueError(f"a tensor has a dtype, a shape and two offsets; got {one}")
-    return Header(dtype, tuple(shape), start + begin, start + end)
 
 
 def write(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], get: Callable[[str], np.ndarray]) -> None:

@@ -203,12 +203,11 @@ def test_no_template(tmp_path):
     folder = folder_of(tmp_path)
     rule, repair = "a chat needs a template, or one named default; ", (
         f"; put the model's own into {folder}/chat_template.jinja, or prompt without a chat")
-    for found, said in [
-            (None, f"{folder} has no chat_template.jinja, and no chat_template in a tokenizer_config.json"),
-            ([{"name": "rag", "template": "x"}], f"{folder}/tokenizer_config.json has templates named rag"),
-            (7, f"{folder}/tokenizer_config.json has one of type int")]:
+    for found in (None, [{"name": "rag", "template": "x"}], 7):
         folder_of(folder, settings={"chat_template": found})
-        assert problems_of(open_tokenizer(str(folder)).chat, USER) == [rule + said + repair]
+        assert problems_of(open_tokenizer(str(folder)).chat, USER) == [
+            f"{rule}{folder} has no chat_template.jinja, and in tokenizer_config.json the chat_template {found!r}"
+            + repair]
     assert problems_of(tokenizer.chat, USER) == [
         "a chat needs a template; data.tokenizer=bytes has none; prompt without a chat, or set data.tokenizer to a "
         "folder with tokenizer.json and chat_template.jinja"]
@@ -218,50 +217,60 @@ def test_no_template(tmp_path):
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError: access to attribute '__class__'"),
     ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append'"),
     ("{{ raise_exception.__globals__.json }}", "SecurityError: access to attribute '__globals__'"),
-    ("{% set ns = namespace() %}{% set ns.__html__ = 1 %}", "SecurityError: a namespace holds no name that starts"),
-    ("{% set ns = namespace(_a=1) %}", "SecurityError: a namespace holds no name that starts with _; got '_a'"),
     ("{{ range(10**9) | length }}", "OverflowError: Range too big."),
     ("{% include '/etc/passwd' %}", "TypeError: no loader for this environment specified"),
     ("{{ raise_exception('only one message') }}", "TemplateError: only one message"),
     ("{{ nothing.at.all }}", "UndefinedError: 'nothing' is undefined")])
 def test_a_template_that_fails_or_leaves_the_sandbox(tmp_path, template, said):
     (problem,) = problems_of(open_tokenizer(str(folder_of(tmp_path, template))).chat, USER)
-    assert problem.startswith(f"a chat template must take the messages; that of {tmp_path}/chat_template.jinja does "
-                              f"not ({said}") and problem.endswith("); change the messages or the template")
+    assert problem.startswith(f"a chat template must be one of Jinja that takes the messages; that of "
+                              f"{tmp_path}/chat_template.jinja fails ({said}")
+    assert problem.endswith("); change the messages, or repair it")
+
+
+@pytest.mark.parametrize("template", [
+    "{% set ns = namespace() %}{% set ns.__html__ = raise_exception %}{{ ns.a }}{{ ns | e }}",
+    "{{ namespace(__html__=raise_exception, a=1) | e }}"])
+def test_python_calls_nothing_that_a_template_put_into_a_namespace(tmp_path, template):
+    tokenizer = open_tokenizer(str(folder_of(tmp_path, template)))
+    assert tokenizer.decode(tokenizer.chat(USER)).startswith("&lt;Namespace {&#39;__html__&#39;: ")
 
 
 def test_a_template_that_is_none(tmp_path):
-    (problem,) = problems_of(open_tokenizer(str(folder_of(tmp_path, "{% for %}"))).chat, USER)
-    assert problem.startswith(f"a chat template must be one of Jinja; that of {tmp_path}/chat_template.jinja is not (")
+    tokenizer = open_tokenizer(str(folder_of(tmp_path, "{% for %}")))
+    assert f"that of {tmp_path}/chat_template.jinja fails (TemplateSyntaxError: " in problems_of(
+        tokenizer.chat, USER)[0]
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    (problem,) = problems_of(open_tokenizer(str(tmp_path)).chat, USER)
-    assert problem.startswith(f"a chat template must be a readable UTF-8 text; {tmp_path}/chat_template.jinja is not (")
+    assert "(UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff" in problems_of(tokenizer.chat, USER)[0]
+
+
+@pytest.mark.parametrize("settings, generation", [
+    ({"eos_token": "<eos>"}, {}), ({"eos_token": "</s>"}, {"eos_token_id": "x"}), ({}, {"eos_token_id": [1, -1]})])
+def test_an_end_that_is_no_token(tmp_path, settings, generation):
+    (problem,) = problems_of(open_tokenizer, str(folder_of(tmp_path, settings=settings, generation_config=generation)))
+    assert problem.startswith("the eos_token and every eos_token_id must be a token of ")
 
 
 def test_names_that_are_no_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    for name, said in [("byte", "'byte' is neither a file nor a folder"),
-                       ("empty", "'empty' is a folder without tokenizer.json")]:
+    (tmp_path / "tokenizer.json").write_text("{}")  # which no name at all does not stand for
+    for name in ("byte", "empty", ""):
         assert problems_of(open_tokenizer, name) == [
-            f"data.tokenizer is bytes, or the path of a tokenizer.json or of its folder; {said}; correct it "
-            f"(relative paths start at {tmp_path})"]
-    assert problems_of(open_tokenizer, "") == ["text needs a tokenizer; data.tokenizer is empty, which is none; "
-                                               "set it to bytes, or to the path of a tokenizer.json"]
+            "text needs a tokenizer: data.tokenizer is bytes, or the path of a tokenizer.json or of its folder; "
+            f"{name!r} is none; correct it (relative paths start at {tmp_path})"]
 
 
 def test_all_that_is_wrong_with_the_files_comes_at_once(tmp_path):
     folder_of(tmp_path, special_tokens_map=[], settings={"eos_token": "<eos>"}, generation_config={"eos_token_id": "x"})
-    special, eos, end = problems_of(open_tokenizer, str(tmp_path))
-    assert special == ("a tokenizer's special_tokens_map.json must be a JSON object; "
-                       f"{tmp_path}/special_tokens_map.json is of type list; repair it, or take it away")
-    assert eos.startswith(f"the eos_token must be a token of {tmp_path}/tokenizer.json; '<eos>' is none; correct it in")
-    assert end.startswith("eos_token_id must be a token's number, or a list of them; "
-                          f"{tmp_path}/generation_config.json has [")
+    special, eos = problems_of(open_tokenizer, str(tmp_path))
+    assert special == f"{tmp_path}/special_tokens_map.json must be a JSON object; it is a list"
+    assert eos.startswith("the eos_token and every eos_token_id must be a token of "
+                          f"{tmp_path}/tokenizer.json; they are '<eos>' and 'x'; correct them in ")
     (tmp_path / "tokenizer_config.json").write_text("{")
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')
     settings, _, broken = problems_of(open_tokenizer, str(tmp_path))
-    assert f"{tmp_path}/tokenizer_config.json is none (Expecting property name" in settings
+    assert settings.startswith(f"{tmp_path}/tokenizer_config.json must be a JSON object; it cannot be read (Expecting")
     assert broken.startswith("a tokenizer.json must be readable for the package tokenizers ")
     assert f"; {tmp_path}/tokenizer.json is not (" in broken
 
@@ -333,7 +342,7 @@ def test_many_ids_take_four_bytes(tmp_path):
 def test_what_cannot_be_trained_with(tmp_path):
     config = data_of(tmp_path / "none", tmp_path, tokenizer="", sources=("missing",))
     tokenizer, source = problems_of(open_corpus, config)
-    assert tokenizer.startswith("text needs a tokenizer; data.tokenizer is empty") and "'missing'" in source
+    assert tokenizer.startswith("text needs a tokenizer: ") and "'missing'" in source
     endless = folder_of(tmp_path / "endless", settings={})
     assert problems_of(open_corpus, data_of(endless, tmp_path)) == [
         f"training needs a token that ends a document; that of data.tokenizer={endless} is not named; "
@@ -383,4 +392,4 @@ def test_a_model_without_a_tokenizer_takes_tokens(trained):
     model.folder = None  # of a checkpoint that came without one
     assert model(np.array([[1, 2, 3]])).logits.shape == (1, 3, 304)
     (problem,) = problems_of(moejax.generate, model, ["hello"])
-    assert problem.startswith("text needs a tokenizer; data.tokenizer is empty")
+    assert problem.startswith("text needs a tokenizer: data.tokenizer is bytes, or ") and "; '' is none" in problem

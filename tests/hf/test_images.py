@@ -216,15 +216,15 @@ def test_how_images_are_made_ready(tmp_path):
     import_folder(tmp_path / "clip", tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == given
-    wrong = {"image_mean": [1, 2], "image_std": [0] * 3, "rescale_factor": 1 / 127.5}
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(wrong))
-    with pytest.raises(ConfigError) as caught:
-        moejax.load(tmp_path / "clip")
-    assert caught.value.problems == [
-        f"bytes of pixels are divided by 255 here; {tmp_path / 'clip'} has do_rescale None and rescale_factor "
-        f"{1 / 127.5}",
-        "image_mean has a number each for red, green and blue; preprocessor_config.json has [1, 2]",
-        "image_std has a number each for red, green and blue, above 0; preprocessor_config.json has [0, 0, 0]"]
+    for wrong, problem in [
+            ({"rescale_factor": 1 / 127.5}, "bytes of pixels are divided by 255 here; "),
+            ({"image_mean": [1, 2]}, "mean is three numbers, not '1,2'"),
+            ({"image_std": [0] * 3}, "std is three numbers above 0, not '0,0,0'"), ({"image_std": 1}, "not '1'"),
+            ({"image_mean": "grey one"}, "model.vision ")]:
+        (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ConfigError) as caught:
+            moejax.load(tmp_path / "clip")
+        assert problem in caught.value.problems[0]
 
 
 SMALL = "size=20 patch=7 width=16 layers=2 heads=2 hidden=24"
@@ -275,10 +275,9 @@ def test_what_no_family_can_say(change, problem):
 
 def test_a_text_family_cannot_say_that_it_sees():
     model = configs.dataclasses.replace(READER, vision="", cross="", pattern="D")
-    assert convert.family_of(model, 64)[0] == "llama"
-    found = convert.family_of(model, 64)[1]
-    assert convert.expresses(found, model)
-    assert not convert.expresses(found, configs.dataclasses.replace(model, vision=READER.vision))
+    found = convert.family_of(model, 64)
+    assert found["model_type"] == "llama" and not convert.lacks(found, model)
+    assert convert.lacks(found, configs.dataclasses.replace(model, vision=READER.vision))
 
 
 # What is wrong
@@ -311,8 +310,8 @@ def test_wrong_values_in_the_config(changed):
         "alpha_type can be 'float' or 'vector' here; config.json has 'matrix'",
         "config.json must hold true or false, as qk_layer_norms; it has 1",
         "config.json must hold a whole number, 1 or more, as perceiver_config.resampler_depth; it has 0",
-        "vision_config.hidden_act can be quick_gelu, gelu, gelu_pytorch_tanh, gelu_new, relu here; config.json has "
-        "'tanh'",
+        "vision_config.hidden_act can be 'gelu' or 'quick_gelu' or 'gelu_pytorch_tanh' or 'gelu_new' or 'relu' here; "
+        "config.json has 'tanh'",
         "config.json must hold a whole number, 1 or more, as vision_config.image_size; it has [28, 28]",
         "config.json must hold a number above 0, as vision_config.layer_norm_eps; it has 'small'"]
 
@@ -339,10 +338,10 @@ def test_missing_and_wrong_tensors(changed):
     shape = "must have shape [1, 1, 48]; it has [1], in HERE"
     assert problems == [
         "lm_head.additional_fc.weight of shape [4, 48] is missing, in HERE",
-        "model.perceiver_resampler.latents of shape [6, 32] is missing, in HERE",
-        "model.vision_model.embeddings.class_embedding of shape [32] is missing, in HERE",
         *(f"model.gated_cross_attn_layers.{i}.alpha_{name} {shape}" for i in range(2)
-          for name in ("cross_attn", "dense"))]
+          for name in ("cross_attn", "dense")),
+        "model.perceiver_resampler.latents of shape [6, 32] is missing, in HERE",
+        "model.vision_model.embeddings.class_embedding of shape [32] is missing, in HERE"]
 
 
 def test_tokens_for_an_encoder_and_images_for_none():
