@@ -48,7 +48,7 @@ class Schedule:
         return {(op.kind, op.microbatch, op.chunk * self.stages + stage): tick
                 for tick, stage, op in reversed(self.ops())}
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Weight gradients are ops of their own."""
         return any(op.kind == "W" for _, _, op in self.ops())
