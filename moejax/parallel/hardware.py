@@ -5,7 +5,7 @@ Knows nothing of jax.  A config adds its own devices, or corrects these, in `har
 
 import difflib
 import re
-import time
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -62,8 +62,7 @@ def named(text: str, added: Sequence[str] = (), count: int = 1) -> tuple[Device,
         added: devices of a config, such as "mine like=H100 price=1.9 memory=94e9"; without `like` all numbers are said.
     Raises ConfigError: no such device, or a wrong text.
     """
-    found = re.fullmatch(r"(.+?)(?:[x×](\d+))?", text.strip())
-    name, some = found.groups() if found else (text, None)
+    name, some = re.fullmatch(r"(.*?)(?:[x×](\d+))?", text.strip(), re.DOTALL).groups()
     table = dict(DEVICES)
     for each in added:
         device = add(each, table)
@@ -95,16 +94,7 @@ def add(text: str, table: dict[str, Device]) -> Device:
 
 def measured() -> Device:
     """This machine's CPU: a float32 matmul and a copy, as they run now."""
-    x = np.ones((1536, 1536), np.float32)
-    y = np.ones(2**25, np.float32)
-
-    def seconds(work: object) -> float:
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    flops, copied = 2 * 1536**3 / seconds(lambda: x @ x), 2 * y.nbytes / seconds(y.copy)
+    x, y = np.ones((1536, 1536), np.float32), np.ones(2**25, np.float32)
+    multiplied, copied = (min(timeit.repeat(work, number=1, repeat=4)) for work in (lambda: x @ x, y.copy))
+    flops, copied = 2 * 1536**3 / multiplied, 2 * y.nbytes / copied
     return Device("cpu", "cpu", flops, flops, flops, 8e9, copied, copied / 2, 2**20, copied / 2)
