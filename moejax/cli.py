@@ -73,7 +73,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """What a config costs: parameters, FLOPs, memory, traffic, time and price."""
-    config = load_config(args.config, args.overrides)
+    # A search sets the microbatches itself, so that those of the config need not divide another batch.
+    config = load_config(args.config, args.overrides + ["train.microbatches=1"] * args.search)
     if sum((args.schedule, args.leak, args.search, args.inference)) > 1:
         raise ConfigError(["moejax plan takes one of --schedule, --leak, --search and --inference at a time"])
     if args.schedule:
