@@ -195,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = [*vars(args).get("overrides", ()), *rest]  # argparse gives up those after an option
     try:
         if "config" in args:
-            args.config = load_config(args.config, args.overrides)
+            # A search sets the microbatches itself: those of the config need not divide another batch.
+            alone = ["train.microbatches=1"] * getattr(args, "search", False)
+            args.config = load_config(args.config, args.overrides + alone)
         result, text = args.function(args)
     except ConfigError as error:
         print(f"moejax {args.command}: {len(error.problems)} problem{'s' * (len(error.problems) > 1)}\n{error}",

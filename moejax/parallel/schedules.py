@@ -47,7 +47,7 @@ class Schedule:
         """(kind, microbatch, part of the model) -> tick, of the first time it is done."""
         return {(op.kind, op.microbatch, op.chunk * self.stages + s): tick for tick, s, op in reversed(self.ops())}
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Weight gradients are ops of their own."""
         return any(op.kind == "W" for _, _, op in self.ops())

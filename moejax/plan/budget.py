@@ -12,7 +12,7 @@ from moejax.model import weights
 from moejax.model.sharded import Sharded
 from moejax.parallel import axes, hardware, schedules
 from moejax.plan import cost
-from moejax.plan.count import make_program, shard_bytes, trace
+from moejax.plan.count import flops_of, make_program, shard_bytes, trace
 from moejax.train import state as states
 
 REMATS = ("none", "dots", "full")
@@ -36,7 +36,7 @@ def plan(config: Config, on: str = "", tokens: float | None = None, mfu: float |
     tokens = tokens or step_tokens * config.train.steps
     total, active = sharded.parameters()
     forward = sharded.flops_per_token()
-    work, talk = cost.step_seconds(mine.dots, mine.sent, lengths(config), config.train.compute, device)
+    work, talk = cost.step_seconds(mine.dots, mine.sent, lengths(mesh), config.train.compute, device)
     reached = 3 * forward * step_tokens / (mesh.devices() * device.flops(config.train.compute) * (work + talk))
     memory = memory_of(sharded, state) | {
         "cache_bytes_per_device": config.data.batch / mesh.batch_shards() * config.data.sequence
@@ -48,7 +48,7 @@ def plan(config: Config, on: str = "", tokens: float | None = None, mfu: float |
         "devices": mesh.devices(), "asked": count,
         "params": params(sharded) | {"total": total, "active": active},
         "flops": {"forward_per_token": forward, "train_per_token": 3 * forward, "train_total": 3 * forward * tokens,
-                  "executed_per_device": mine.flops()},
+                  "executed_per_device": flops_of(mine.dots)},
         "memory": memory | {"activations_by_remat": held, "device_bytes": device.memory},
         "comm": {"bytes_per_step": {name: round(size) for name, size in mine.sent.items()}, "seconds": talk},
         "bubble": schedules.make(config).bubble() if mesh.pipeline > 1 else 0.0, "mfu": mfu or reached,
@@ -64,8 +64,7 @@ def spread(config: Config, count: int) -> Config:
     """The config on so many devices: its mesh and its batch as often along `data` as there is room."""
     need, mesh = config.mesh.devices(), config.mesh
     if count < need:
-        raise ConfigError([f"the mesh needs {need} devices; got {count}; ask for {need} or more, or set a smaller "
-                           "mesh"])
+        raise ConfigError([f"the mesh needs {need} devices; got {count}; ask for {need} or more, or set a smaller one"])
     times = count // need
     config = replace(config, mesh=replace(mesh, data=mesh.data * times, fake_devices=0),
                      data=replace(config.data, batch=config.data.batch * times))
@@ -80,8 +79,8 @@ def alone(config: Config) -> Config:
                    train=replace(config.train, microbatches=1))
 
 
-def lengths(config: Config) -> dict[str, int]:
-    return {axis: getattr(config.mesh, axis) for axis in axes.AXES}
+def lengths(mesh: configs.Mesh) -> dict[str, int]:
+    return {axis: getattr(mesh, axis) for axis in axes.AXES}
 
 
 def params(sharded: Sharded) -> dict[str, float]:
@@ -106,33 +105,35 @@ def memory_of(sharded: Sharded, state: states.State) -> dict[str, float]:
 
 def text(found: dict[str, Any]) -> str:
     """A plan for people."""
-    memory, comm = found["memory"], found["comm"]["bytes_per_step"]
+    params, flops, memory, best = (found[part] for part in ("params", "flops", "memory", "chinchilla"))
     parts = {part: memory[f"{part}_bytes_per_device"] for part in ("weights", "gradients", "optimizer", "activations")}
-    idle = found["asked"] - found["devices"]
-    rows = [
-        ("parameters", f"{si(found['params']['total'])}, {si(found['params']['active'])} active; an expert "
-                       f"{si(found['params']['per_expert'])}, attention {si(found['params']['attention'])}"),
-        ("FLOPs of a token", f"{si(found['flops']['forward_per_token'])} forward, "
-                             f"{si(found['flops']['train_per_token'])} in training"),
-        ("devices", f"{found['devices']:,} × {found['device']}" + (f", {idle:,} of {found['asked']:,} left over" if idle
-                                                              else "")),
-        ("memory of a device", " + ".join(f"{part} {si(size)}B" for part, size in parts.items())
-         + f" = {si(sum(parts.values()))}B of {si(memory['device_bytes'])}B"
-         + ("" if found["fits"] else "  DOES NOT FIT")),
-        ("activations by remat", ", ".join(f"{remat} {si(size)}B" for remat, size in
-                                           memory["activations_by_remat"].items())),
-        ("KV cache", f"{si(memory['cache_bytes_per_device'])}B of a device, for a batch in bfloat16"),
-        ("sent in a step", ", ".join(f"{name} {si(size)}B" for name, size in comm.items()) or "nothing"),
-        ("bubble", f"{found['bubble']:.1%}"),
-        ("step", f"{found['step_tokens']:,} tokens in {found['step_seconds']:,.3g} s, of which "
-                 f"{found['comm']['seconds']:,.3g} s communication; MFU {found['mfu']:.1%}"
-                 + (" (roofline: no machine is faster)" if found["mfu"] == found["roofline_mfu"] else "")),
-        ("training", f"{si(found['tokens'])} tokens, {found['flops']['train_total']:.3g} FLOP: {found['days']:,.1f} "
-                     f"days, {found['device_hours']:,.0f} device hours, " + dollars(found)),
-        ("Chinchilla", f"the same FLOPs are best spent on {si(found['chinchilla']['parameters'])} dense parameters and "
-                       f"{si(found['chinchilla']['tokens'])} tokens; here "
-                       f"{found['chinchilla']['tokens_per_active']:,.1f} tokens an active parameter (20 there)")]
-    return "\n".join(f"{label:<21} {value}" for label, value in rows)
+    idle, mfu, roofline = found["asked"] - found["devices"], found["mfu"], found["roofline_mfu"]
+    left = f", {idle:,} of {found['asked']:,} left over" if idle else ""
+    bound = "" if mfu < roofline else " (roofline: no machine is faster)" if mfu == roofline else (
+        f" (more than this layout's roofline, {roofline:.1%})")
+
+    def sizes(named: dict[str, float], between: str = ", ") -> str:
+        return between.join(f"{name} {si(size)}B" for name, size in named.items())
+
+    rows = {
+        "parameters": f"{si(params['total'])}, {si(params['active'])} active; an expert {si(params['per_expert'])}, "
+                      f"attention {si(params['attention'])}",
+        "FLOPs of a token": f"{si(flops['forward_per_token'])} forward, {si(flops['train_per_token'])} in training",
+        "devices": f"{found['devices']:,} × {found['device']}{left}",
+        "memory of a device": f"{sizes(parts, ' + ')} = {si(sum(parts.values()))}B of {si(memory['device_bytes'])}B"
+                              + "  DOES NOT FIT" * (not found["fits"]),
+        "activations by remat": sizes(memory["activations_by_remat"]),
+        "KV cache": f"{si(memory['cache_bytes_per_device'])}B of a device, for a batch in bfloat16",
+        "sent in a step": sizes(found["comm"]["bytes_per_step"]) or "nothing",
+        "bubble": f"{found['bubble']:.1%}",
+        "step": f"{found['step_tokens']:,} tokens in {found['step_seconds']:,.3g} s; MFU {mfu:.1%}{bound}; "
+                f"{found['comm']['seconds']:,.3g} s of communication",
+        "training": f"{si(found['tokens'])} tokens, {flops['train_total']:.3g} FLOP: {found['days']:,.1f} days, "
+                    f"{found['device_hours']:,.0f} device hours, {dollars(found)}",
+        "Chinchilla": f"the same FLOPs are best spent on {si(best['parameters'])} dense parameters and "
+                      f"{si(best['tokens'])} tokens; here {best['tokens_per_active']:,.1f} tokens an active parameter "
+                      "(20 there)"}
+    return "\n".join(f"{label:<21} {value}" for label, value in rows.items())
 
 
 def dollars(found: dict[str, Any]) -> str:

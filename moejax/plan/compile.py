@@ -3,14 +3,15 @@ there, and what the compiled program says of its memory and of the bytes that it
 """
 
 import functools
+import math
 import operator
 import os
 import re
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +19,8 @@ from jax.experimental import topologies
 
 from moejax.config import Config, ConfigError
 from moejax.parallel import mesh as meshes
-from moejax.parallel.axes import AXES
-from moejax.plan.count import SENT, make_program, trace
+from moejax.plan.budget import lengths
+from moejax.plan.count import SENT, flops_of, make_program, trace
 
 # Of a GPU, what its compiler asks for: cores, memory, bytes a second, second-level cache, clock in GHz, compute
 # capability, shared memory of a core and of a block at most.
@@ -64,48 +65,36 @@ def compile_step(config: Config, devices: int = 0, topology: str = "") -> dict[s
         raise ConfigError([f"the step must fit into a device's memory; the compiler of {topology} says: "
                            f"{str(error).splitlines()[0][:300]}"]) from None
     seconds, memory, planned = time.perf_counter() - begin, compiled.memory_analysis(), trace(config)
-    program = Program(compiled.as_text(), {axis: getattr(config.mesh, axis) for axis in AXES})
+    program = Program(compiled.as_text(), lengths(config.mesh))
     flops, sent = program.total(program.entry)
     return {"devices": count, "on": topology or "cpu", "compute": config.train.compute, "seconds": seconds,
             "memory": {"arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes},
             "predicted": {"arguments": planned.arguments, "temporary": planned.peak},
             "sent": {axes: [round(sent[axes]), round(planned.sent[axes])] for axes in sorted({*sent, *planned.sent})},
-            "flops": [flops or None, planned.flops()]}
+            "flops": [flops or None, flops_of(planned.dots)]}
 
 
 def describe(topology: str) -> list[Any]:
     """The devices of a topology that need not be there."""
-    name, _, shape = topology.lower().partition(":")
-    try:
-        numbers = [int(each) for each in shape.split("x")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1 or not (name in GPUS or name.startswith("v")):
+    found = re.fullmatch(rf"({'|'.join(GPUS)}|v\w+):([1-9]\d*)((?:x[1-9]\d*)*)", topology.lower())
+    if not found:
         raise ConfigError([f"a topology is a TPU's, such as v5p:8x8x4, or one of {', '.join(GPUS)} with a number, such "
                            f"as h200:8; got {topology!r}"])
-    if name in GPUS:
-        need("jax_plugins.xla_cuda13", "aot-gpu", "jax-cuda13-plugin and jax-cuda13-pjrt")
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of libraries that only running needs
-        jax.config.update("jax_platforms", "cpu")
-        return topologies.get_topology_desc("", platform="cuda", target_config=target(name),
-                                            topology=f"1x{-(-numbers[0] // 8)}x{min(numbers[0], 8)}").devices
-    need("libtpu", "tpu", "libtpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    name, count = found[1], int(found[2])
+    wheel, extra = ("jax_cuda13_plugin", "aot-gpu") if name in GPUS else ("libtpu", "tpu")
+    if find_spec(wheel) is None:
+        raise ConfigError([f"this compiler is in the wheel {wheel}; pip install 'moejax[{extra}]'"])
+    # Not asked for: libraries that only running needs, and the machine's own TPUs.
+    os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TPU_SKIP_MDS_QUERY": "1"}
     jax.config.update("jax_platforms", "cpu")
+    if name in GPUS:
+        return topologies.get_topology_desc("", platform="cuda", target_config=target(name),
+                                            topology=f"1x{-(-count // 8)}x{min(count, 8)}").devices
     try:
         return topologies.get_topology_desc(topology_name=topology.lower(), platform="tpu").devices
     except (RuntimeError, ValueError) as error:
         raise ConfigError([f"libtpu knows no topology {topology!r} ({str(error).splitlines()[0][:200]}); TPUs of three "
                            "dimensions are written v5p:4x4x4, others v5e:4x4"]) from None
-
-
-def need(module: str, extra: str, wheels: str) -> None:
-    try:
-        there = find_spec(module)
-    except ModuleNotFoundError:
-        there = None
-    if there is None:
-        raise ConfigError([f"this compiler is in {wheels}; pip install 'moejax[{extra}]'"])
 
 
 def target(name: str) -> str:
@@ -119,55 +108,46 @@ def target(name: str) -> str:
             f"dnn_version_info {{ major: 9 minor: 10 }} device_description_str: \"NVIDIA {name.upper()}\"")
 
 
-@dataclass
-class Instruction:
+class Instruction(NamedTuple):
     kind: str
     shape: str
     rest: str  # operands and attributes
 
 
-@dataclass
 class Program:
     """The text of a compiled program, read for its matmuls and its collectives."""
 
-    text: str
-    mesh: dict[str, int]
-    entry: str = ""
-    parts: dict[str, dict[str, Instruction]] = field(default_factory=lambda: defaultdict(dict))
-
-    def __post_init__(self) -> None:
-        name = ""
-        for line in self.text.splitlines():
+    def __init__(self, text: str, mesh: dict[str, int]):
+        self.mesh, self.entry, name = mesh, "", ""
+        self.parts: dict[str, dict[str, Instruction]] = defaultdict(dict)
+        self.total = functools.cache(self.total)
+        for line in text.splitlines():
             if line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.\-]+)[ (]", line)) and " = " not in line:
                 name = found[2]
                 self.entry = name if found[1] else self.entry
             elif found := LINE.match(line):
                 self.parts[name][found[1]] = Instruction(found[3], found[2], found[4])
-        self.known: dict[str, tuple[float, Counter]] = {}
 
     def total(self, name: str) -> tuple[float, Counter]:
         """FLOPs of the matmuls and bytes sent by axes, loops as often as they run and the dearest branches."""
-        if name not in self.known:
-            flops, sent = 0.0, Counter()
-            for each in self.parts[name].values():
-                more, moves = self.one(each, self.parts[name])
-                flops += more
-                sent.update(moves)
-            self.known[name] = flops, sent
-        return self.known[name]
+        flops, sent = 0.0, Counter()
+        for each in self.parts[name].values():
+            more, moves = self.one(each, self.parts[name])
+            flops += more
+            sent.update(moves)
+        return flops, sent
 
     def one(self, each: Instruction, around: dict[str, Instruction]) -> tuple[float, Counter]:
-        called = [self.total(part) for part in re.findall(
-            r"(?:body|calls|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)", each.rest)]
-        if branches := re.search(r"branch_computations=\{([^}]*)\}", each.rest):
-            called = [self.total(part.strip(" %")) for part in branches[1].split(",")]
+        called = [self.total(part.strip(" %")) for parts in re.findall(
+            r"(?:body|calls|true_computation|false_computation|\w+_computations)=(\{[^}]*|[^,]*)", each.rest)
+            for part in parts.strip("{").split(",")]
         if each.kind == "conditional":
             return max(flops for flops, _ in called), functools.reduce(operator.or_, (sent for _, sent in called))
         if each.kind == "while":
             known = re.search(r'known_trip_count[^0-9]*"(\d+)"', each.rest)
             ends = self.parts[re.search(r"condition=%?([\w.\-]+)", each.rest)[1]].values()
-            numbers = [end.rest.split(")")[0] for end in ends if end.kind == "constant"]  # it counts up to one of these
-            times = int(known[1]) if known else max((int(each) for each in numbers if each.isdigit()), default=1)
+            limits = [end.rest.split(")")[0] for end in ends if end.kind == "constant"]  # it counts up to one of these
+            times = int(known[1]) if known else max((int(limit) for limit in limits if limit.isdigit()), default=1)
             return called[0][0] * times, Counter({axes: x * times for axes, x in called[0][1].items()})
         operands = [around[name] for name in re.findall(r"%?([\w.\-]+)", each.rest.split(")")[0]) if name in around]
         if (kind := KINDS.get(each.kind.removesuffix("-start"))) and operands:
@@ -177,26 +157,24 @@ class Program:
         if each.kind == "dot":
             dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", each.rest)[1]
             left = sizes_of(operands[0].shape)[0][1]
-            return 2.0 * np.prod(sizes_of(each.shape)[0][1]) * np.prod([left[int(d)] for d in dims.split(",") if d]), (
-                Counter())
+            contracted = [left[int(dim)] for dim in dims.split(",") if dim]
+            return 2.0 * math.prod(sizes_of(each.shape)[0][1]) * math.prod(contracted), Counter()
         return sum(flops for flops, _ in called), sum((sent for _, sent in called), Counter())
 
     def axes(self, rest: str) -> tuple[str, int]:
         """Over which mesh axes a collective goes, and how many devices take part."""
         if named := re.search(r"replica_groups=mesh\[([^]]*)\] ?\{([^}]*)\}", rest):  # its axes may have other names
             lengths = re.findall(r"('[^']*')=(\d+)", named[1])
-            ids = np.arange(np.prod(list(self.mesh.values()))).reshape([int(length) for _, length in lengths])
+            ids = np.arange(math.prod(self.mesh.values())).reshape([int(length) for _, length in lengths])
             group = ids[tuple(slice(None) if axis in named[2] else 0 for axis, _ in lengths)].ravel().tolist()
-        elif pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-            group = [int(pairs[1]), int(pairs[2])]
-        elif listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        elif listed := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", rest):
             group = [int(each) for each in listed[1].split(",")]
         elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
             shape, dims, order = ([int(each) for each in (part or "").split(",") if each] for part in iota.groups())
             ids = np.arange(np.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
             group = ids.reshape(shape)[0].tolist()
         else:
-            group = list(range(int(np.prod(list(self.mesh.values())))))
+            group = range(math.prod(self.mesh.values()))
         places = np.array(np.unravel_index(group, list(self.mesh.values())))
         moving = [axis for axis, place in zip(self.mesh, places, strict=True) if len(set(place.tolist())) > 1]
         return "+".join(moving), len(group)
@@ -208,7 +186,7 @@ def sizes_of(shape: str) -> list[tuple[str, list[int]]]:
 
 
 def bytes_of(shape: str) -> int:
-    return sum(BYTES.get(kind, 1) * int(np.prod(dims)) for kind, dims in sizes_of(shape))
+    return sum(BYTES.get(kind, 1) * math.prod(dims) for kind, dims in sizes_of(shape))
 
 
 def text(found: dict[str, Any]) -> str:

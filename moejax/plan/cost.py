@@ -5,6 +5,7 @@ top, as if nothing overlapped.  It is a bound from data sheets: real machines re
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 
 from moejax.config import Config
@@ -17,11 +18,8 @@ def speed(axes: str, lengths: dict[str, int], device: Device) -> float:
     """Bytes a second of a device along mesh axes ("tensor", "data+fsdp"): by its links where all partners lie in one
     domain, as neighbours on the last axes do, else by the network.
     """
-    inner = 1
-    for axis in reversed(lengths):
-        inner *= lengths[axis]
-        if axis == axes.split("+")[0]:
-            break
+    order = list(lengths)
+    inner = math.prod(lengths[axis] for axis in order[order.index(axes.split("+")[0]):])
     return device.link if inner <= device.domain else device.network
 
 
@@ -49,13 +47,13 @@ def chinchilla(active: float, tokens: float) -> dict[str, float]:
             "tokens_per_active": tokens / active}
 
 
-def cache_per_token(config: Config, tensor: int = 1, itemsize: int = 2) -> float:
-    """Bytes of keys and values that a token leaves on a device, which holds every KV head it needs; of latent attention
-    too they are kept as attention reads them (model/cache.py).
+def cache_per_token(config: Config, tensor: int = 1) -> float:
+    """Bytes of bfloat16 keys and values that a token leaves on a device, which holds every KV head it needs; of latent
+    attention too they are kept as attention reads them (model/cache.py).
     """
     model = config.model
     sizes = model.head_dim + (model.latent[3] if model.latent else model.head_dim)
-    return model.layers * max(model.kv_heads / tensor, 1) * sizes * itemsize
+    return model.layers * max(model.kv_heads / tensor, 1) * sizes * 2
 
 
 def touched(experts: int, active: int, tokens: float) -> float:
@@ -64,46 +62,39 @@ def touched(experts: int, active: int, tokens: float) -> float:
 
 
 def decoding(weights: Mapping[str, float], config: Config, batch: int, context: int, devices: int, device: Device,
-             worst: bool = False, itemsize: float = 2.0) -> dict[str, float]:
-    """One token for each of `batch` sequences, on a model spread over all devices.
+             worst: bool = False) -> dict[str, float]:
+    """One token for each of `batch` sequences in bfloat16, on a model spread over all devices.
 
     Args:
-        weights: parameters that every token uses ("shared"), of which tokens look up one row ("embedding"), and of all
-            experts ("experts").
+        weights: parameters that every token uses ("shared"), and of all experts ("experts").
         worst: every choice goes to another expert, while there are any; else at random.
     Returns: seconds a step, tokens a second, utilisation, experts touched, and 1 if FLOPs and not bytes are the limit.
     """
     model, moe = config.model, config.model.moe
-    some = (min(moe.experts, moe.active * batch) if worst else touched(moe.experts, moe.active, batch))
+    some = min(moe.experts, moe.active * batch) if worst else touched(moe.experts, moe.active, batch)
     some = some if weights["experts"] else 0.0
-    read = (weights["shared"] + weights["experts"] * some / moe.experts) * itemsize
+    read = 2 * (weights["shared"] + weights["experts"] * some / moe.experts)
     read += batch * context * cache_per_token(config)
     flops = 2 * batch * (weights["shared"] + weights["experts"] * moe.active / moe.experts)
     flops += 4 * batch * context * model.layers * model.heads * model.head_dim
-    peak = device.bfloat16 if itemsize == 2 else device.eight
     # Every layer sums twice over the devices that share its matmuls: at least a microsecond and a half on a fast link.
     waiting = 2 * model.layers * 1.5e-6 * (devices > 1)
-    by_bytes, by_flops = read / (devices * device.bandwidth), flops / (devices * peak)
+    by_bytes, by_flops = read / (devices * device.bandwidth), flops / (devices * device.bfloat16)
     seconds = max(by_bytes, by_flops) + waiting
     return {"batch": batch, "seconds": seconds, "tokens_per_s": batch / seconds, "experts": some,
-            "utilisation": flops / (devices * peak * seconds), "compute_bound": float(by_flops >= by_bytes)}
+            "utilisation": flops / (devices * device.bfloat16 * seconds), "compute_bound": float(by_flops >= by_bytes)}
 
 
 def turning(weights: Mapping[str, float], config: Config, context: int, devices: int, device: Device) -> int | None:
     """The smallest batch at which FLOPs and not bytes are the limit; None where caches alone keep it from that."""
-    low, high = 1, 2**20
-    if not decoding(weights, config, high, context, devices, device)["compute_bound"]:
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        bound = decoding(weights, config, middle, context, devices, device)["compute_bound"]
-        low, high = (low, middle) if bound else (middle + 1, high)
-    return low
+    batches = range(1, 2**20 + 1)
+    at = bisect_left(batches, True, key=lambda batch: decoding(
+        weights, config, batch, context, devices, device)["compute_bound"])
+    return batches[at] if at < len(batches) else None
 
 
 def speculation(acceptance: float, draft: int, cost: float) -> float:
     """Tokens a step in multiples of plain decoding: `draft` guessed tokens, each accepted with this probability, by a
     model of relative cost `cost`, where the check costs one step (arXiv 2211.17192, theorem 3.8).
     """
-    expected = draft + 1 if acceptance == 1 else (1 - acceptance ** (draft + 1)) / (1 - acceptance)
-    return expected / (draft * cost + 1)
+    return sum(acceptance**guess for guess in range(draft + 1)) / (draft * cost + 1)

@@ -46,11 +46,7 @@ class Count(NamedTuple):
     dots: Counter  # (FLOPs, bytes read and written) of a matmul -> how often
     sent: Counter  # axes, such as "tensor" or "data+fsdp" -> bytes
     peak: int  # bytes
-
     arguments: int  # bytes
-
-    def flops(self) -> float:
-        return flops_of(self.dots)
 
 
 def flops_of(dots: Counter) -> float:
@@ -79,10 +75,11 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh | None = None) -> tup
     def kind(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=place)
 
-    tokens, images, told = config.data.sequence, None, config.model.encoder()
+    tokens, images = config.data.sequence, None
     if seen:
-        pixels = kind(jnp.uint8, seen, config.model.looks().frames, told.size, told.size, 3)
-        images = Images(pixels, kind(jnp.int32, seen), kind(jnp.bool_, tokens, seen))
+        size, frames = config.model.encoder().size, config.model.looks().frames
+        images = Images(kind(jnp.uint8, seen, frames, size, size, 3), kind(jnp.int32, seen),
+                        kind(jnp.bool_, tokens, seen))
     batch = Batch(kind(jnp.int32, tokens), kind(jnp.int32, tokens), kind(jnp.float32, tokens), kind(jnp.int32), images)
     return sharded, make_step(sharded, optimizer), (states.abstract(sharded, optimizer), batch)
 
@@ -134,15 +131,16 @@ def amounts(jaxpr: core.Jaxpr, sizes: dict[str, int]) -> tuple[Counter, Counter]
         if name == "cond":
             dearest = max((some for some, _ in parts), key=flops_of)
             parts = [(dearest, functools.reduce(operator.or_, (moves for _, moves in parts)))]
-        for more, moves in parts:
-            for total, found in ((dots, more), (sent, moves)):
-                for key, value in found.items():
-                    total[key] += value * params.get("length", 1) if name == "scan" else value
-    return dots, Counter({axes: value for axes, value in sent.items() if axes})
+        times = params["length"] if name == "scan" else 1
+        for part in parts:
+            for total, found in zip((dots, sent), part, strict=True):
+                total.update({key: value * times for key, value in found.items()})
+    del sent[""]  # over axes of length 1
+    return dots, sent
 
 
 def nbytes(kind: Any) -> int:
-    return math.prod(kind.shape) * getattr(kind.dtype, "itemsize", 0) if hasattr(kind, "shape") else 0
+    return kind.size * kind.dtype.itemsize
 
 
 def flat(jaxpr: core.Jaxpr, local: bool) -> tuple[list[Equation], list[Any]]:
@@ -182,49 +180,46 @@ def peak(jaxpr: core.Jaxpr, depth: int) -> int:
     written over its arguments.
     """
     equations, results = flat(jaxpr, depth > 0)
-    results = {v for v in results if v is not None}
     readers = defaultdict(list)
     for at, eqn in enumerate(equations):
         for v in eqn.reads:
             readers[v].append(at)
+    for v in results:
+        readers[v].append(len(equations))
 
+    @functools.cache
     def stored(v: Any) -> bool:
         """Whether some reader needs it in memory."""
-        return v in results or any(equations[at].name in STORED or (equations[at].name in SAME and any(
-            map(stored, equations[at].makes))) for at in readers[v])
+        return any(at == len(equations) or equations[at].name in STORED or (
+            equations[at].name in SAME and any(map(stored, equations[at].makes))) for at in readers[v])
 
     homes: dict[Any, frozenset] = defaultdict(frozenset)  # variable -> what is in memory of which it is made
-    size, last = {}, {}  # of what is in memory: bytes, last reader
+    tenants: dict[Any, list[Any]] = defaultdict(list)  # the other way round
+    size, first = {}, {}  # of what is in memory: bytes, the equation that makes it
     for at, eqn in enumerate(equations):
         sources = frozenset().union(*(homes[v] for v in eqn.reads if v is not None))
         for number, (v, kind) in enumerate(zip(eqn.makes, eqn.kinds, strict=True)):
             whole = eqn.name in STORED or (eqn.name not in SAME and stored(v))
-            if not (whole and eqn.local) or (depth == 0 and v in results):
+            if not (whole and eqn.local) or (depth == 0 and len(equations) in readers[v]):
                 homes[v] = sources
-                continue
-            over = overwritten(eqn, number, homes)
-            ends = over is not None and size[over] >= nbytes(kind) and not any(
-                over in homes[w] and (w in results or max(readers[w], default=0) > at) for w in list(homes))
-            homes[v] = frozenset([over if ends else v])
-            size.setdefault(over if ends else v, nbytes(kind))
-    for v in homes:
-        for home in homes[v]:
-            last[home] = max(last.get(home, 0), len(equations) if v in results else max(readers[v], default=0))
-    first = {}
-    for at, eqn in enumerate(equations):
-        for v in eqn.makes:
-            for home in homes[v]:
+            else:
+                over = overwritten(eqn, number, homes)
+                fits = over is not None and size[over] >= nbytes(kind)
+                home = over if fits and all(max(readers[w], default=0) <= at for w in tenants[over]) else v
+                homes[v] = frozenset([home])
+                size.setdefault(home, nbytes(kind))
                 first.setdefault(home, at)
-    alive, ending, best = 0, defaultdict(int), 0
-    starting = defaultdict(int)
+            for home in homes[v]:
+                tenants[home].append(v)
+    change = [0] * (len(equations) + 2)  # of the bytes in memory, before each equation
     for home, begin in first.items():
-        starting[begin] += size[home]
-        ending[last[home]] += size[home]
+        change[begin] += size[home]
+        change[max(max(readers[v], default=begin) for v in tenants[home]) + 1] -= size[home]
+    best = alive = 0
     for at, eqn in enumerate(equations):
-        alive += starting[at]
+        alive += change[at]
         within = [peak(each, depth + 1) - sum(nbytes(v.aval) for v in reused(each, eqn)) for each in inside(eqn.params)]
         best = max(best, alive + max(within, default=0))
-        alive -= ending[at]
     return best
 
 

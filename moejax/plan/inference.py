@@ -1,5 +1,6 @@
 """A model in use: latency against throughput by batch and devices, the experts that a step reads, and speculation."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,17 @@ from matplotlib.figure import Figure
 
 from moejax.config import Config
 from moejax.parallel import hardware
-from moejax.parallel.hardware import Device
 from moejax.plan import budget, cost
 from moejax.plan.count import make_program
 
 BATCHES = [2**power for power in range(13)]
 ACCEPTANCES, DRAFTS, DRAFT_COST = (0.5, 0.6, 0.7, 0.8, 0.9), (1, 2, 4, 8), 0.05
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "axes.axisbelow": True, "axes.titlelocation": "left", "grid.color": "#e1e5eb", "legend.frameon": False}
+STYLE = {"font.size": 10, "lines.markersize": 4, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "axes.axisbelow": True, "axes.titlelocation": "left", "grid.color": "#e1e5eb",
+         "legend.frameon": False}
 
 
-def inference(config: Config, on: str, folder: Path | None = None) -> dict[str, Any]:
+def inference(config: Config, on: str, folder: Path) -> dict[str, Any]:
     """Rooflines of decoding in bfloat16 on the devices, and on a half and twice as many; beside them a dense model of
     the same active parameters.
 
@@ -27,59 +28,54 @@ def inference(config: Config, on: str, folder: Path | None = None) -> dict[str, 
     """
     device, count = hardware.named(on, config.hardware, config.mesh.devices())
     sharded, _, _ = make_program(budget.alone(config))
-    found, (_, active) = budget.params(sharded), sharded.parameters()
-    total, _ = sharded.parameters()
-    tied = config.model.tied
-    moe = {"shared": total - found["experts"] - (0 if tied else found["embedding"]), "experts": found["experts"]}
-    dense = {"shared": active - (0 if tied else found["embedding"]), "experts": 0.0}
+    found, (total, active) = budget.params(sharded), sharded.parameters()
+    lookup = 0 if config.model.tied else found["embedding"]  # a token reads a row of it
+    moe = {"shared": total - found["experts"] - lookup, "experts": found["experts"]}
+    dense = {"shared": active - lookup, "experts": 0.0}
     context, rows = config.data.sequence, []
     counts = sorted({max(count // 2, 1), count, count * 2})
-    for devices in counts:
-        for batch in BATCHES:
-            one = cost.decoding(moe, config, batch, context, devices, device)
-            worst = cost.decoding(moe, config, batch, context, devices, device, worst=True)
-            plain = cost.decoding(dense, config, batch, context, devices, device)
-            rows.append({"devices": devices} | one | {
-                "worst_experts": worst["experts"], "worst_seconds": worst["seconds"], "dense_seconds": plain["seconds"],
-                "dense_tokens_per_s": plain["tokens_per_s"],
-                "fits": (2 * total + batch * context * cost.cache_per_token(config)) / devices <= device.memory})
+    for devices, batch in itertools.product(counts, BATCHES):
+        work = config, batch, context, devices, device
+        worst, plain = cost.decoding(moe, *work, worst=True), cost.decoding(dense, *work)
+        rows.append({"devices": devices} | cost.decoding(moe, *work) | {
+            "worst_experts": worst["experts"], "worst_seconds": worst["seconds"], "dense_seconds": plain["seconds"],
+            "dense_tokens_per_s": plain["tokens_per_s"],
+            "fits": (2 * total + batch * context * cost.cache_per_token(config)) / devices <= device.memory})
     result = {"device": device.name, "context": context, "rows": rows, "experts": config.model.moe.experts,
               "turning": {str(each): cost.turning(moe, config, context, each, device) for each in counts},
               "dense_turning": cost.turning(dense, config, context, count, device),
               "speculation": {str(a): {str(k): cost.speculation(a, k, DRAFT_COST) for k in DRAFTS}
                               for a in ACCEPTANCES}}
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(result, device, folder / "inference.png")
-        result["picture"] = str(folder / "inference.png")
-    return result
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(result, folder / "inference.png")
+    return result | {"picture": str(folder / "inference.png")}
 
 
-def draw(found: dict[str, Any], device: Device, path: Path) -> None:
+def draw(found: dict[str, Any], path: Path) -> None:
     """Three panels, 1500 × 480: latency against throughput, experts read by batch, what speculation gains."""
     with matplotlib.rc_context(STYLE):
         figure = Figure((15, 4.8), layout="constrained", facecolor="white", dpi=100)
         trade, experts, guess = figure.subplots(1, 3)
-        for devices, colour in zip(dict.fromkeys(row["devices"] for row in found["rows"]),
-                                   ("#93b3f6", "#2563eb", "#0b2f8a"), strict=False):
-            mine = [row for row in found["rows"] if row["devices"] == devices]
-            trade.plot([row["seconds"] * 1e3 for row in mine], [row["tokens_per_s"] / devices for row in mine], "o-",
-                       color=colour, markersize=4, label=f"{devices}")
-        trade.plot([row["dense_seconds"] * 1e3 for row in mine], [row["dense_tokens_per_s"] / devices for row in mine],
-                   "--", color="#d9480f", label=f"{devices}, dense")
+        for devices, colour in zip(found["turning"], ("#93b3f6", "#2563eb", "#0b2f8a"), strict=False):
+            mine = [row for row in found["rows"] if str(row["devices"]) == devices]
+            trade.plot([row["seconds"] * 1e3 for row in mine], [row["tokens_per_s"] / row["devices"] for row in mine],
+                       "o-", color=colour, label=devices)
+        trade.plot([row["dense_seconds"] * 1e3 for row in mine],
+                   [row["dense_tokens_per_s"] / row["devices"] for row in mine], "--", color="#d9480f",
+                   label=f"{devices}, dense")
         trade.set(xscale="log", yscale="log", xlabel="milliseconds a token of a sequence",
                   ylabel="tokens a second and device",
                   title=f"Decoding at {found['context']:,} tokens; a dot per batch")
-        experts.plot(BATCHES, [row["experts"] for row in mine], "o-", color="#2563eb", markersize=4, label="expected")
+        experts.plot(BATCHES, [row["experts"] for row in mine], "o-", color="#2563eb", label="expected")
         experts.plot(BATCHES, [row["worst_experts"] for row in mine], "--", color="#d9480f", label="worst")
         experts.set(xscale="log", xlabel="sequences in a batch", title="Experts of a layer that a step reads",
                     ylim=(0, found["experts"] * 1.05))
         for draft, colour in zip(DRAFTS, ("#93b3f6", "#4f7df0", "#9b5de5", "#e0457b"), strict=True):
             guess.plot(ACCEPTANCES, [found["speculation"][str(a)][str(draft)] for a in ACCEPTANCES], "o-", color=colour,
-                       markersize=4, label=f"{draft} guessed")
+                       label=f"{draft} guessed")
         guess.axhline(1, color="#7d8899", linewidth=1)
         guess.set(xlabel="probability that a guess is accepted", title="Speculative decoding, times as fast")
-        trade.legend(title=f"{device.name}s", loc=(0.1, 0.4))
+        trade.legend(title=f"{found['device']}s", loc="lower right")
         experts.legend(loc="lower right")
         guess.legend(loc="upper left")
         figure.savefig(path)
@@ -99,4 +95,4 @@ def text(found: dict[str, Any]) -> str:
     lines.append(f"speculative decoding, a draft model of {DRAFT_COST:.0%} of the cost, times as fast: " + "; ".join(
         f"acceptance {a}: " + ", ".join(f"{gain:.2f} with {draft}" for draft, gain in gains.items())
         for a, gains in found["speculation"].items()))
-    return "\n".join(lines + ([found["picture"]] if "picture" in found else []))
+    return "\n".join([*lines, found["picture"]])

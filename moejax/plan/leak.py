@@ -3,10 +3,10 @@
 They are from a newsletter article on that model's architecture of July 2023, and from what was quoted of it.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moejax.config import Config
-from moejax.parallel.hardware import DEVICES
+from moejax.parallel.hardware import DEVICES, Device
 from moejax.plan import budget, cost
 from moejax.plan.count import make_program
 
@@ -35,17 +35,16 @@ def figures(config: Config) -> list[Figure]:
     forward, run = 2 * matmuls, 6 * matmuls * TOKENS
     a_head = cost.cache_per_token(config) / config.model.kv_heads
 
-    def utilisation(device: Any, count: float, days: float) -> float:
+    def utilisation(device: Device, count: float, days: float) -> float:
         return run / (count * device.bfloat16 * days * cost.DAY)
 
-    def served(device: Any, dollars_an_hour: float, dollars: float, count: int = 128) -> float:
-        """Utilisation at which 1,000 tokens cost so much."""
-        return count * dollars_an_hour / dollars * 1000 / 3600 * forward / (count * device.bfloat16)
+    def served(device: Device, dollars_an_hour: float, dollars: float) -> float:
+        """Utilisation at which 1,000 tokens cost so much, on any number of devices."""
+        return dollars_an_hour / dollars * 1000 / 3600 * forward / device.bfloat16
 
-    replicas = 25_000 // DEVICES_OF_ONE
+    replicas, days = 25_000 // DEVICES_OF_ONE, 63e6 / (25_000 * 24)
     microbatches = round(BATCH / config.data.sequence / replicas)
-    bubble = (15 - 1) / (microbatches + 15 - 1)
-    days = 63e6 / (25_000 * 24 * 1.0)
+    bubble = 14 / (microbatches + 14)
     return [
         Figure("parameters", 1.8e12, total, "", "the dimensions are rounded to what divides by 8 and 128"),
         Figure("parameters of an expert", 111e9, params["per_expert"], ""),

@@ -1,4 +1,5 @@
-"""The fastest layout of a config on so many devices: every mesh, schedule, microbatching and remat policy that fits.
+"""The fastest layout of a config on so many devices: every mesh, schedule and number of microbatches that fits, with
+activations kept or made again.
 
 A layout is judged by arithmetic alone, on what two small traces of the config count per token and layer; `moejax plan`
 counts the winner exactly.
@@ -9,9 +10,9 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from moejax import config as configs
 from moejax.config import Config, ConfigError, Mesh
@@ -21,10 +22,20 @@ from moejax.parallel.axes import AXES, BATCH, RULES, names
 from moejax.parallel.hardware import Device
 from moejax.plan import budget
 from moejax.plan.cost import speed
-from moejax.plan.count import Count, make_program, trace
+from moejax.plan.count import Count, flops_of, make_program, trace
 from moejax.train.state import trained
 
 ROOM = 0.92  # of a device's memory: the rest is the runtime's
+
+
+class Layout(NamedTuple):
+    step_seconds: float
+    memory_bytes: float
+    mfu: float
+    bubble: float
+    mesh: Mesh
+    microbatches: int
+    remat: str
 
 
 def search(config: Config, on: str, top: int = 10) -> dict[str, Any]:
@@ -36,40 +47,47 @@ def search(config: Config, on: str, top: int = 10) -> dict[str, Any]:
     """
     begin = time.perf_counter()
     device, count = hardware.named(on, config.hardware, config.mesh.devices())
-    judge = Judge(config, device, count)
-    refused, found, tried = Counter(), [], 0
+    judge, refused, found, tried = Judge(config, device, count), Counter(), [], 0
     for mesh in meshes(config, count):
-        case = replace(config, mesh=mesh, train=replace(config.train, microbatches=1))
-        if problems := configs.check(case):
+        group = mesh.pipeline if mesh.schedule == "interleaved" else 1  # microbatches come in multiples of it
+        case = replace(config, mesh=mesh, train=replace(config.train, microbatches=group))
+        if problems := configs.check_mesh(case):
             refused.update({problem.split(";")[0] for problem in problems})
             tried += 1
             continue
-        share = config.data.batch // mesh.batch_shards()
-        for microbatches in configs.divisors(share):
-            if (mesh.schedule == "interleaved" and microbatches % mesh.pipeline) or (
-                    mesh.pipeline == 1 and microbatches > 64):
-                continue
-            for remat in judge.counts:
+        for groups in configs.divisors(config.data.batch // (mesh.batch_shards() * group)):
+            if mesh.pipeline == 1 and groups > 64:
+                break
+            for remat in judge.flops:
+                one = judge(mesh, groups * group, remat)
                 tried += 1
-                one = judge(mesh, microbatches, remat)
-                if one["memory_bytes"] > ROOM * device.memory:
+                if one.memory_bytes > ROOM * device.memory:
                     refused[f"needs more than {ROOM:.0%} of {device.memory / 1e9:.0f} GB"] += 1
                 else:
                     found.append(one)
     if not found:
         raise ConfigError([f"no layout of {count} × {device.name} fits; {times} × {why}"
                            for why, times in refused.most_common(5)])
-    found.sort(key=lambda one: (one["step_seconds"], one["memory_bytes"]))
-    return {"layouts": found[:top], "tried": tried, "fit": len(found), "refused": dict(refused.most_common()),
+    found.sort(key=lambda one: (one.step_seconds, one.memory_bytes))
+    layouts = [{"overrides": overrides(config.mesh, one), "step_seconds": one.step_seconds, "mfu": one.mfu,
+                "memory_bytes": one.memory_bytes, "bubble": one.bubble} for one in found[:top]]
+    return {"layouts": layouts, "tried": tried, "fit": len(found), "refused": dict(refused.most_common()),
             "device": device.name, "devices": count, "seconds": time.perf_counter() - begin}
+
+
+def overrides(mine: Mesh, layout: Layout) -> list[str]:
+    """What makes a config with the mesh `mine` one of this layout."""
+    before, usual = asdict(mine), asdict(Mesh())
+    changed = [f"mesh.{name}={str(value).lower()}" for name, value in asdict(layout.mesh).items()
+               if not value == before[name] == usual[name]]
+    return [*changed, f"train.microbatches={layout.microbatches}", f"train.remat={layout.remat}"]
 
 
 def meshes(config: Config, count: int) -> Iterator[Mesh]:
     """Every way to share out the devices, with the schedules that a pipeline can have."""
     for lengths in products(count, len(AXES)):
-        mesh = replace(config.mesh, **dict(zip(AXES, lengths, strict=True)), fake_devices=0, schedule="1f1b", chunks=1,
-                       stage_layers=())
-        mesh = replace(mesh, zero1=mesh.data > 1, sequence=mesh.tensor > 1 and config.data.sequence % mesh.tensor == 0)
+        data, tensor = lengths[0], lengths[-1]
+        mesh = Mesh(*lengths, zero1=data > 1, sequence=tensor > 1 and config.data.sequence % tensor == 0)
         yield mesh
         if mesh.pipeline > 1:
             yield replace(mesh, schedule="zero_bubble")
@@ -101,70 +119,86 @@ class Judge:
 
     def __init__(self, config: Config, device: Device, count: int):
         self.config, self.device, self.count = config, device, count
-        alone = budget.alone(config)
-        self.sharded, _, (state, _) = make_program(alone)
-        self.counts: dict[str, Count] = {remat: trace(replace(alone, train=replace(alone.train, remat=remat)))
-                                         for remat in ("none", "full")}
-        self.kinds = kinds(self.sharded)
-        learned = sum(size for size, _ in self.kinds.values())
-        self.moments = budget.memory_of(self.sharded, state)["optimizer_bytes_per_device"] / learned
-        # What a token leaves for the backward pass in a layer, and what a layer needs while it is worked on.
-        tokens, gradients = config.data.sequence, 4.0 * learned
-        self.saved = max(self.counts["none"].peak - gradients, 0) / (tokens * config.model.layers)
-        self.useful = 3 * self.sharded.flops_per_token() * config.data.batch * tokens
-        self.flops = {remat: each.flops() * config.data.batch for remat, each in self.counts.items()}
+        alone, model, tokens = budget.alone(config), config.model, config.data.sequence
+        alone = replace(alone, train=replace(alone.train, remat="none"))
+        sharded, _, (state, _) = make_program(alone)
+        self.kinds = kinds(sharded)
         self.bytes = 2 if config.train.compute == "bfloat16" else 4
+        self.moments = budget.memory_of(sharded, state)["optimizer_bytes_per_device"] / sum(
+            size for size, _ in self.kinds.values())
+        counted, kept = self.kept(alone)
+        # Of what a token leaves in a layer for the backward pass, `split` is shared out over `tensor`.
+        halves = [replace(alone, mesh=Mesh(tensor=some, sequence=tokens % some == 0))
+                  for some in configs.divisors(model.heads)[1:]]
+        half = next((each for each in halves if not configs.check_mesh(each)), None)
+        self.split = (kept - self.kept(half)[1]) / (1 - 1 / half.mesh.tensor) if half else 0.0
+        self.kept_whole = kept - self.split
+        flops, head = flops_of(counted.dots), 2 * model.vocab * model.d_model * tokens
+        self.flops = {"none": flops * config.data.batch, "full": (flops * 4 / 3 - head) * config.data.batch}
+        self.useful = 3 * sharded.flops_per_token() * config.data.batch * tokens
+        self.moes = model.layer_kinds().count("M") / max(model.layers, 1)
+        self.of_weights = cache(self.of_weights)
 
-    def __call__(self, mesh: Mesh, microbatches: int, remat: str) -> dict[str, Any]:
-        model, moe, data, device = self.config.model, self.config.model.moe, self.config.data, self.device
-        lengths = {axis: getattr(mesh, axis) for axis in AXES}
-        state = gathered = swapped = 0.0
+    def kept(self, config: Config) -> tuple[Count, float]:
+        """The counted step, and how many bytes a token leaves in a layer, beside weights and gradients."""
+        counted, (sharded, _, (state, _)) = trace(config), make_program(config)
+        gradients = budget.memory_of(sharded, state)["gradients_bytes_per_device"]
+        rounded = gradients / 2 if self.bytes == 2 else 0.0
+        return counted, max(counted.peak - gradients - rounded, 0) / (config.data.sequence * config.model.layers)
+
+    def of_weights(self, mesh: Mesh) -> tuple[float, float, float, float]:
+        """Bytes of a device: its weights and moments, its gradients, the weights as they are computed with, and what it
+        sends of gradients and new weights.
+        """
+        lengths = budget.lengths(mesh)
+        state = gradients = used = swapped = 0.0
         for where, (size, moving) in self.kinds.items():
             mine = size / math.prod(lengths[axis] for axis in where)
-            apart = mesh.data if mesh.zero1 else 1
-            state += mine * (4 + (4 + self.moments) * moving / apart)
-            if "fsdp" in where:
-                gathered += mine * mesh.fsdp * self.bytes
             shares = math.prod(lengths[axis] for axis in BATCH if axis not in where)
+            state += mine * (4 + self.moments * moving / (mesh.data if mesh.zero1 else 1))
+            gradients += mine * 4 * moving
+            used += mine * self.bytes * (mesh.fsdp if "fsdp" in where else 1)
             swapped += 2 * (shares - 1) / shares * mine * 4 * moving
+        return state, gradients, used, swapped
+
+    def __call__(self, mesh: Mesh, microbatches: int, remat: str) -> Layout:
+        model, moe, data, device = self.config.model, self.config.model.moe, self.config.data, self.device
+        state, gradients, used, swapped = self.of_weights(mesh)
         tokens = data.batch * data.sequence / (mesh.batch_shards() * microbatches)  # of a microbatch on a device
-        layers = model.layers / mesh.parts()  # of a part
-        waiting = min(2 * mesh.parts() - 1, microbatches * mesh.chunks) if mesh.pipeline > 1 else 1
-        row = tokens * model.d_model * self.bytes / (mesh.tensor if mesh.sequence else 1)
-        work = tokens * self.saved / mesh.tensor  # of a layer, all saved
-        kept = layers * work * waiting if remat == "none" else row * waiting * (1 if mesh.pipeline > 1 else layers) + (
-            layers if mesh.pipeline > 1 else 1) * work
+        layer = tokens * model.d_model * self.bytes
+        row = layer / (mesh.tensor if mesh.sequence else 1)
+        layers = math.ceil(model.layers / mesh.parts())  # of a part, at most
+        work = tokens * (self.kept_whole + self.split / mesh.tensor)  # of a layer, all saved
+        part = layers * work + used / mesh.chunks * (self.bytes == 2 or mesh.fsdp > 1)  # float32 weights are no copies
+        if mesh.pipeline > 1:
+            waiting = min(2 * mesh.parts() - 1, microbatches * mesh.chunks)
+            kept = part * (waiting + 2) if remat == "none" else row * waiting + part + work
+            kept += gradients / mesh.chunks  # those of a tick, beside their sum
+            if mesh.schedule == "zero_bubble":  # what weight gradients wait for: what goes into matmuls, and out again
+                kept += mesh.pipeline * layers * tokens * (2 * self.kept_whole + self.split / 4 / mesh.tensor)
+        else:
+            kept = part if remat == "none" else row * layers + part / layers
         # Seconds
         peak = device.flops(self.config.train.compute)
-        busy = self.flops[remat] / (self.count * peak)
         bubble = idle(mesh.schedule, mesh.pipeline, mesh.chunks) if mesh.pipeline > 1 else 0.0
-        compute = busy * (1 + bubble / microbatches)
+        busy = self.flops[remat] / (self.count * peak) * layers * mesh.parts() / model.layers
         passes = (4 if remat == "none" else 6) * microbatches * model.layers / mesh.pipeline
-        layer = tokens * model.d_model * self.bytes
-        moes = model.layer_kinds().count("M") / max(model.layers, 1)
         seats = moe.active * (moe.capacity_factor or 1.0)
         talk = {"tensor": 2 * (mesh.tensor - 1) / mesh.tensor * layer * passes,
-                "expert": (mesh.expert - 1) / mesh.expert * layer * seats * passes * moes,
-                "fsdp": (mesh.fsdp - 1) / mesh.fsdp * gathered * microbatches * 3,
+                "expert": (mesh.expert - 1) / mesh.expert * layer * seats * passes * self.moes,
+                "fsdp": (mesh.fsdp - 1) / mesh.fsdp * used * microbatches * 3,
                 "pipeline": 2 * row * (microbatches * mesh.chunks + mesh.parts()) * (mesh.pipeline > 1),
                 "data": swapped}
-        exchange = sum(size / speed(axis, lengths, device) for axis, size in talk.items() if lengths[axis] > 1 or (
-            axis == "data" and size))
-        seconds = compute + exchange
-        mine, usual = self.config.mesh, Mesh()
-        changed = [f"mesh.{name}={str(getattr(mesh, name)).lower()}" for name in (
-            *AXES, "schedule", "chunks", "zero1", "sequence")
-            if {getattr(mesh, name)} != {getattr(mine, name), getattr(usual, name)}]
-        return {"overrides": [*changed, f"train.microbatches={microbatches}", f"train.remat={remat}"],
-                "step_seconds": seconds, "mfu": self.useful / (self.count * peak * seconds),
-                "memory_bytes": state + kept, "bubble": bubble / (microbatches + bubble)}
+        lengths = budget.lengths(mesh)
+        talking = sum(size / speed(axis, lengths, device) for axis, size in talk.items() if size)
+        seconds = busy * (1 + bubble / microbatches) + talking
+        return Layout(seconds, state + gradients + kept, self.useful / (self.count * peak * seconds),
+                      bubble / (microbatches + bubble), mesh, microbatches, remat)
 
 
 def kinds(sharded: Sharded) -> dict[tuple[str, ...], tuple[int, float]]:
     """The mesh axes that weights can be split over -> how many parameters, and the share of them that is trained."""
-    sizes: Counter = Counter()
-    moving: Counter = Counter()
-    learns = trained(sharded, sharded.axes)
+    sizes, moving, learns = Counter(), Counter(), trained(sharded, sharded.axes)
     for name, text in sharded.axes.items():
         shape = sharded.shapes[name]
         where = tuple(RULES[axis] for axis, size in zip(names(text), shape, strict=True)

@@ -96,6 +96,13 @@ def test_layouts_that_are_found_can_be_trained_and_are_sorted():
         assert not problems and not check(config) and config.mesh.devices() == 16
     assert found["fit"] + sum(found["refused"].values()) >= found["tried"]  # some for more than one reason
     assert any("must divide model.heads" in why for why in found["refused"])
+    assert {"mesh.schedule=zero_bubble", "mesh.schedule=interleaved"} <= {
+        word for one in search.search(SMALL, "H100x16", 10**6)["layouts"] for word in one["overrides"]}
+
+
+def test_a_search_does_not_ask_for_the_configs_microbatches(capfd):
+    assert main(["plan", str(CONFIGS / "tiny.py"), "--search", "--on", "H100x2", "train.microbatches=3"]) == 0
+    assert "layouts of 2 × H100" in capfd.readouterr().out
 
 
 def test_what_does_not_fit_is_refused_with_the_reasons():
@@ -105,18 +112,21 @@ def test_what_does_not_fit_is_refused_with_the_reasons():
 
 @pytest.mark.parametrize("change", [
     ["mesh.fsdp=8", "mesh.zero1=true"], ["mesh.tensor=8", "mesh.sequence=true"], ["mesh.pipeline=4", "mesh.data=2"],
-    ["mesh.expert=4", "mesh.data=2", "mesh.zero1=true"]])
+    ["mesh.expert=4", "mesh.data=2", "mesh.zero1=true"], ["mesh.pipeline=8", "train.remat=none"],
+    ["mesh.pipeline=8", "mesh.schedule=zero_bubble"],
+    ["mesh.pipeline=4", "mesh.tensor=2", "mesh.sequence=true", "mesh.schedule=interleaved", "mesh.chunks=2"]])
 def test_the_searchs_arithmetic_follows_the_trace(change):
     """It judges by two small traces; what it makes of a layout stays near what the layout's own trace says."""
     base = load_config(CONFIGS / "mixtral_8x7b.py", ["data.batch=64", "train.microbatches=8", "train.remat=full",
                                                      "mesh.fsdp=1", "mesh.expert=1", "mesh.zero1=false"])
     config, _ = override(base, change)
     judge = search.Judge(base, budget.hardware.DEVICES["H100"], 8)
-    guess, exact = judge(config.mesh, 8, "full"), budget.plan(config, "H100x8")
-    assert guess["step_seconds"] == pytest.approx(exact["step_seconds"], rel=0.35)
+    guess, exact = judge(config.mesh, 8, config.train.remat), budget.plan(config, "H100x8")
     memory = sum(exact["memory"][f"{part}_bytes_per_device"] for part in (
         "weights", "gradients", "optimizer", "activations"))
-    assert guess["memory_bytes"] == pytest.approx(memory, rel=0.35)
+    assert guess.memory_bytes == pytest.approx(memory, rel=0.2)
+    if config.mesh.schedule != "zero_bubble":  # the trace has weight gradients in every tick, as if all had some to do
+        assert guess.step_seconds == pytest.approx(exact["step_seconds"], rel=0.35)
 
 
 def test_inference_has_a_row_for_every_batch_and_a_picture(tmp_path):
