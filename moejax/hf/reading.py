@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moejax.config import ROPES, MoE
+from moejax.config import TEXTS, MoE
 from moejax.model.rotary import yarn_factor
 
 SLIDES, FULL = "sliding_attention", "full_attention"  # of a layer, in layer_types
@@ -75,7 +75,7 @@ def rope(read: Reader) -> tuple[float, str]:
         read.problems.append(f"rotary positions turn whole heads here; config.json has partial_rotary_factor {part}")
     longest, kind = read("max_position_embeddings", 2048), found("rope_type", found("type", "default"))
     original = found("original_max_position_embeddings", read("original_max_position_embeddings", longest))
-    if kind not in ("default", *ROPES):
+    if kind not in ("default", *TEXTS["rope_scaling"]):
         read.problems.append(f"a rotary scaling is linear, dynamic, llama3 or yarn here; config.json has {kind!r}")
     numbers = {"original": longest if kind == "dynamic" else original}
     if kind == "yarn":
@@ -83,10 +83,9 @@ def rope(read: Reader) -> tuple[float, str]:
         usual = yarn_factor(factor, scale) / yarn_factor(factor, whole) if scale and whole else yarn_factor(factor)
         numbers |= {"factor": factor, "fast": found("beta_fast", 32.0), "slow": found("beta_slow", 1.0),
                     "truncate": int(found("truncate", True)), "attention": found("attention_factor", 0.0) or usual}
-    needed, allowed = ROPES.get(kind, ((), ()))
-    numbers |= {name: found.require(ROPE_KEYS[name], float) for name in needed if name not in numbers}
-    text = " ".join([kind, *(f"{name}={numbers[name]!r}" for name in (*needed, *allowed))]) if needed else ""
-    return found("rope_theta", theta), text
+    says = TEXTS["rope_scaling"].get(kind, ())
+    numbers |= {name: found.require(ROPE_KEYS[name], float) for name in says if name not in numbers}
+    return found("rope_theta", theta), " ".join([kind, *(f"{name}={numbers[name]!r}" for name in says)]) if says else ""
 
 
 def rope_reader(read: Reader) -> Reader:
