@@ -90,8 +90,8 @@ def read_run(run_dir: Path) -> Run:
     if not config_file.is_file():
         near = sorted(str(other.parent) for other in run_dir.parent.glob("*/config.json"))
         hint = f", such as {', '.join(near[:3])}" if near else ""
-        raise ConfigError([f"a report is of a run folder; {run_dir} has no config.json; give a training run's run_dir"
-                           f"{hint}"])
+        missing = "has no config.json" if run_dir.is_dir() else "does not exist"
+        raise ConfigError([f"a report is of a run folder; {run_dir} {missing}; give a training run's run_dir{hint}"])
     records = read_metrics(run_dir)
     if not records:
         raise ConfigError([

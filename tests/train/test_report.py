@@ -195,7 +195,7 @@ def test_a_run_that_was_never_finite(tmp_path):
 
 def test_wrong_folders_are_refused_with_what_is_missing(tmp_path):
     good = a_run(tmp_path / "good")
-    for name, message in (("god", f"god has no config.json; give a training run's run_dir, such as {good}"),
+    for name, message in (("god", f"god does not exist; give a training run's run_dir, such as {good}"),
                           ("empty", "empty has no config.json; give a training run's run_dir")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ConfigError) as error:
