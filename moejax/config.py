@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
+AXES = ("data", "fsdp", "pipeline", "expert", "tensor")
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero_bubble")  # made in parallel/schedules.py
 # The fields of a model that are texts, "kind name=value …": the kinds, and what each can say, with what holds where it
 # is not said.  `...` must be said, and None need not.
@@ -55,10 +56,15 @@ class ConfigError(ValueError):
         super().__init__("\n".join(f"  - {problem}" for problem in self.problems))
 
 
+def refuse(problems: list[str]) -> None:
+    """Raises ConfigError with these problems, if there are any."""
+    if problems:
+        raise ConfigError(problems)
+
+
 def require(rules: dict[str, Any]) -> None:
     """Raises ConfigError with every message whose rule does not hold."""
-    if problems := [message for message, holds in rules.items() if not holds]:
-        raise ConfigError(problems)
+    refuse([message for message, holds in rules.items() if not holds])
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,15 @@ class Mesh:
     stage_layers: tuple[int, ...] = ()  # of every part of the model in order; empty is an even split
     fake_devices: int = 0  # this many CPU devices, shared out over the processes; 0 uses what the machine has
 
+    def lengths(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    def words(self) -> str:
+        """The axes that are in use, as people read them."""
+        return " × ".join(f"{axis} {n}" for axis, n in self.lengths().items() if n > 1) or "one device"
+
     def devices(self) -> int:
-        return self.data * self.fsdp * self.pipeline * self.expert * self.tensor
+        return math.prod(self.lengths().values())
 
     def batch_shards(self) -> int:
         return self.data * self.fsdp * self.expert
@@ -283,8 +296,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def checked(config: Config, overrides: Sequence[str] = ()) -> Config:
     """The config with overrides.  Raises ConfigError: everything wrong with them and with it."""
     config, problems = override(config, overrides)
-    if problems := problems + check(config):
-        raise ConfigError(problems)
+    refuse(problems + check(config))
     return config
 
 
@@ -566,9 +578,8 @@ def check_mesh(config: Config) -> Iterator[str]:
                f"set data.batch={up(batch, shards)}")
     devices, fake = mesh.devices(), mesh.fake_devices
     if min(devices, fake) > 0 and devices != fake:
-        axes = " × ".join(f"{axis} {getattr(mesh, axis)}" for axis in ("data", "fsdp", "pipeline", "expert", "tensor"))
-        yield (f"the mesh axes must multiply to mesh.fake_devices; got {axes} = {devices} and {fake}; "
-               f"set mesh.fake_devices={devices}")
+        yield (f"the mesh axes must multiply to mesh.fake_devices; got {mesh.words()} = {devices} and {fake}; set "
+               f"mesh.fake_devices={devices}")
 
 
 def check_pipeline(config: Config) -> Iterator[str]:
@@ -626,8 +637,7 @@ def from_json(text: str) -> Config:
     except ValueError as error:
         raise ConfigError([f"a config is a JSON object; this text is not ({error})"]) from None
     config, given, fields = Config(), dict(flat(found)), dict(leaves(Config()))
-    if problems := [unknown(path, fields) for path in given if path not in fields]:
-        raise ConfigError(problems)
+    refuse([unknown(path, fields) for path in given if path not in fields])
     for path, value in given.items():
         config = put(config, path.split("."), value)
     return checked(config)

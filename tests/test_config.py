@@ -257,7 +257,7 @@ def test_the_largest_allowed_are_allowed_at_once():
      "got 10 and 2 × 1 × 2 × 2 = 8; set data.batch=16"),
     ("mesh.data=2 mesh.fsdp=4 mesh.expert=2 mesh.tensor=2 mesh.fake_devices=8",
      "the mesh axes must multiply to mesh.fake_devices; "
-     "got data 2 × fsdp 4 × pipeline 1 × expert 2 × tensor 2 = 32 and 8; set mesh.fake_devices=32"),
+     "got data 2 × fsdp 4 × expert 2 × tensor 2 = 32 and 8; set mesh.fake_devices=32"),
     ("mesh.pipeline=3 mesh.chunks=2 mesh.schedule=interleaved train.microbatches=6 data.batch=6 model.layers=5",
      "every part of a pipeline needs a layer; got mesh.pipeline 3 × mesh.chunks 2 = 6 and model.layers 5; "
      "set mesh.pipeline=2 or lower"),

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from moejax.config import ConfigError
+from moejax.config import refuse
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi")
@@ -159,8 +159,7 @@ def read_images(names: Sequence[str | Path], size: int, fit: str, frames: int, r
     found = [decode(ref, size, fit, frames, rate) for ref in refs]
     problems = [f"an image must be a file that can be read; {ref.name} is not ({why}); repair it, or name another"
                 for ref, why in zip(refs, found, strict=True) if isinstance(why, str)]
-    if problems:
-        raise ConfigError(problems)
+    refuse(problems)
     return found
 
 

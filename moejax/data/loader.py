@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from moejax.config import ConfigError, Data
+from moejax.config import ConfigError, Data, refuse
 from moejax.data.images import Ref
 from moejax.data.sources import Document, File, documents, find_files
 from moejax.data.tokenizer import IMAGE, Tokenizer, open_tokenizer
@@ -78,8 +78,7 @@ def open_corpus(config: Data, vocab: int | None = None) -> Corpus:
     if vocab is not None and any(len(refs.table) for refs in corpus.images.values()) and corpus.image >= vocab:
         problems.append(f"model.vocab must hold the id of images, which the text has; got {vocab} and {corpus.image} "
                         f"(data.tokenizer={config.tokenizer}); set model.vocab={corpus.image + 1} or above")
-    if problems:
-        raise ConfigError(problems)
+    refuse(problems)
     return corpus
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt, UInt16
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, refuse
 
 TOKENIZER_FILE = "tokenizer.json"
 IMAGE = "<image>"  # the token of files
@@ -105,8 +105,7 @@ class FileTokenizer:
             problems.append(f"the eos_token and every eos_token_id must be a token of {path}; they are {eos!r} and "
                             f"{generation.get('eos_token_id')!r}; correct them in {SETTINGS}, {SPECIAL} or "
                             f"{GENERATION}")
-        if problems:
-            raise ConfigError(problems)
+        refuse(problems)
         self.ends = tuple(dict.fromkeys(ends))
         self.eot: int | None = next(iter(ends), None)
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()

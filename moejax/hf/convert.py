@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from moejax import config as configs
-from moejax.config import ConfigError
+from moejax.config import ConfigError, refuse
 from moejax.data.tokenizer import read_json
 from moejax.hf.names import FAMILIES, WHOLE, Entry, describe, model_of, unlike
 from moejax.hf.reading import Reader
@@ -97,8 +97,7 @@ class Checkpoint:
             problems += [f"a tensor lies in one file; {name} is in {found[name].path} and in {path}; fetch them again"
                          for name in sorted(found.keys() & file.tensors.keys())]
             found |= dict.fromkeys(file.tensors, file)
-        if problems:
-            raise ConfigError(problems)
+        refuse(problems)
         return found
 
     def paths(self) -> list[Path]:
@@ -109,8 +108,7 @@ class Checkpoint:
             problems = [f"{index} names the files of the weights beside it; {name} is none; fetch it again"
                         for name in names or ["nothing"]
                         if name != Path(name).name or not (self.folder / name).is_file()]
-            if problems:
-                raise ConfigError(problems)
+            refuse(problems)
             return [self.folder / name for name in names]
         if single.is_file():
             return [single]
@@ -336,9 +334,8 @@ def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, publish
     sizes = {name: math.prod(one.shape()) * DTYPES[kinds[name]].itemsize for name, one in wanted.items()}
     large = {name: float(jnp.max(jnp.abs(weights[name])))
              for name in sorted({one.weight for key, one in wanted.items() if kinds[key] == "F16"})}
-    if problems := [f"float16 holds numbers below {FLOAT16}; {name} goes up to {most:.6g}; export as bfloat16 or "
-                    "float32" for name, most in large.items() if FLOAT16 <= most < math.inf]:
-        raise ConfigError(problems)
+    refuse([f"float16 holds numbers below {FLOAT16}; {name} goes up to {most:.6g}; export as bfloat16 or float32"
+            for name, most in large.items() if FLOAT16 <= most < math.inf])
     files, where = list(shards(sizes, SHARD)), {}
     for i, names in enumerate(files, 1):
         path = folder / ("model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "pipeline", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")  # the batch is split over these three together
 
 RULES: dict[str, str | None] = {

@@ -10,7 +10,6 @@ from jax.experimental import mesh_utils
 
 from moejax import config as configs
 from moejax.parallel import hardware, processes
-from moejax.parallel.axes import AXES
 
 
 def start(mesh: configs.Mesh, heartbeat: int = 100) -> None:
@@ -55,15 +54,14 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
     """Of a config, over `devices` (all by default).  Raises ConfigError: its axes do not multiply to their number."""
     if devices is None:
         devices = jax.devices()[: mesh.fake_devices] if mesh.fake_devices else jax.devices()
-    shape = tuple(getattr(mesh, axis) for axis in AXES)
     if mesh.devices() != len(devices):
-        product = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
         raise configs.ConfigError([
-            f"the mesh axes must multiply to the number of devices; got {product} = {mesh.devices()} and "
+            f"the mesh axes must multiply to the number of devices; got {mesh.words()} = {mesh.devices()} and "
             f"{len(devices)} {devices[0].platform} devices; change an axis, or set mesh.fake_devices={mesh.devices()}"])
     # An axis may take a part of one of a TPU's own dimensions: meshes as 8 × 32 on 8 × 8 × 4 need it.
-    placed = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    lengths = mesh.lengths()
+    placed = mesh_utils.create_device_mesh(tuple(lengths.values()), list(devices), allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, tuple(lengths), axis_types=(jax.sharding.AxisType.Auto,) * len(lengths))
 
 
 def peak_flops(device: jax.Device) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from moejax.config import ConfigError
+from moejax.config import refuse
 
 OURS = {"MOEJAX_COORDINATOR": "host:port of process 0", "MOEJAX_PROCESSES": "how many there are",
         "MOEJAX_PROCESS": "which this is, from 0"}
@@ -76,8 +76,7 @@ def from_ours(given: Mapping[str, str]) -> Group | None:
     if processes is not None and process >= processes:
         problems.append(f"MOEJAX_PROCESS must lie below MOEJAX_PROCESSES; got {process} and {processes}; number the "
                         f"processes from 0, or set MOEJAX_PROCESSES={process + 1} or more")
-    if problems:
-        raise ConfigError(problems)
+    refuse(problems)
     return None if alone else Group(processes, process, given["MOEJAX_COORDINATOR"], "deactivate")
 
 

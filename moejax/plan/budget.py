@@ -36,7 +36,7 @@ def plan(config: Config, on: str = "", tokens: float | None = None, mfu: float |
     tokens = tokens or step_tokens * config.train.steps
     total, active = sharded.parameters()
     forward = sharded.flops_per_token()
-    work, talk = cost.step_seconds(mine.dots, mine.sent, lengths(mesh), config.train.compute, device)
+    work, talk = cost.step_seconds(mine.dots, mine.sent, mesh.lengths(), config.train.compute, device)
     reached = 3 * forward * step_tokens / (mesh.devices() * device.flops(config.train.compute) * (work + talk))
     memory = memory_of(sharded, state) | {
         "cache_bytes_per_device": config.data.batch / mesh.batch_shards() * config.data.sequence
@@ -68,8 +68,7 @@ def spread(config: Config, count: int) -> Config:
     times = count // need
     config = replace(config, mesh=replace(mesh, data=mesh.data * times, fake_devices=0),
                      data=replace(config.data, batch=config.data.batch * times))
-    if problems := configs.check(config):
-        raise ConfigError(problems)
+    configs.refuse(configs.check(config))
     return config
 
 
@@ -77,10 +76,6 @@ def alone(config: Config) -> Config:
     """On one device, a sequence at a time."""
     return replace(config, mesh=configs.Mesh(), data=replace(config.data, batch=1),
                    train=replace(config.train, microbatches=1))
-
-
-def lengths(mesh: configs.Mesh) -> dict[str, int]:
-    return {axis: getattr(mesh, axis) for axis in axes.AXES}
 
 
 def params(sharded: Sharded) -> dict[str, float]:

@@ -19,7 +19,6 @@ from jax.experimental import topologies
 
 from moejax.config import Config, ConfigError
 from moejax.parallel import mesh as meshes
-from moejax.plan.budget import lengths
 from moejax.plan.count import SENT, flops_of, make_program, trace
 
 # Of a GPU, what its compiler asks for: cores, memory, bytes a second, second-level cache, clock in GHz, compute
@@ -65,7 +64,7 @@ def compile_step(config: Config, devices: int = 0, topology: str = "") -> dict[s
         raise ConfigError([f"the step must fit into a device's memory; the compiler of {topology} says: "
                            f"{str(error).splitlines()[0][:300]}"]) from None
     seconds, memory, planned = time.perf_counter() - begin, compiled.memory_analysis(), trace(config)
-    program = Program(compiled.as_text(), lengths(config.mesh))
+    program = Program(compiled.as_text(), config.mesh.lengths())
     flops, sent = program.total(program.entry)
     return {"devices": count, "on": topology or "cpu", "compute": config.train.compute, "seconds": seconds,
             "memory": {"arguments": memory.argument_size_in_bytes, "temporary": memory.temp_size_in_bytes},

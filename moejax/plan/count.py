@@ -19,10 +19,10 @@ from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from moejax.config import Config
+from moejax.config import AXES, Config
 from moejax.data.batch import Batch, Images
 from moejax.model.sharded import Sharded
-from moejax.parallel.axes import AXES, rows
+from moejax.parallel.axes import rows
 from moejax.train import state as states
 from moejax.train.optimizer import make_optimizer
 from moejax.train.step import make_step
@@ -66,7 +66,7 @@ def make_program(config: Config, mesh: Mesh | AbstractMesh | None = None) -> tup
     """A config's model, training step and the step's arguments as shapes with their shardings; the mesh is abstract
     where none is given.
     """
-    mesh = mesh or AbstractMesh(tuple(getattr(config.mesh, axis) for axis in AXES), AXES,
+    mesh = mesh or AbstractMesh(tuple(config.mesh.lengths().values()), AXES,
                                 axis_types=(AxisType.Auto,) * len(AXES))
     sharded = Sharded(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))

@@ -18,7 +18,7 @@ from moejax import config as configs
 from moejax.config import Config, ConfigError, Mesh
 from moejax.model.sharded import Sharded
 from moejax.parallel import hardware, schedules
-from moejax.parallel.axes import AXES, BATCH, RULES, names
+from moejax.parallel.axes import BATCH, RULES, names
 from moejax.parallel.hardware import Device
 from moejax.plan import budget
 from moejax.plan.cost import speed
@@ -85,7 +85,7 @@ def overrides(mine: Mesh, layout: Layout) -> list[str]:
 
 def meshes(config: Config, count: int) -> Iterator[Mesh]:
     """Every way to share out the devices, with the schedules that a pipeline can have."""
-    for lengths in products(count, len(AXES)):
+    for lengths in products(count, len(configs.AXES)):
         data, tensor = lengths[0], lengths[-1]
         mesh = Mesh(*lengths, zero1=data > 1, sequence=tensor > 1 and config.data.sequence % tensor == 0)
         yield mesh
@@ -150,7 +150,7 @@ class Judge:
         """Bytes of a device: its weights and moments, its gradients, the weights as they are computed with, and what it
         sends of gradients and new weights.
         """
-        lengths = budget.lengths(mesh)
+        lengths = mesh.lengths()
         state = gradients = used = swapped = 0.0
         for where, (size, moving) in self.kinds.items():
             mine = size / math.prod(lengths[axis] for axis in where)
@@ -189,7 +189,7 @@ class Judge:
                 "fsdp": (mesh.fsdp - 1) / mesh.fsdp * used * microbatches * 3,
                 "pipeline": 2 * row * (microbatches * mesh.chunks + mesh.parts()) * (mesh.pipeline > 1),
                 "data": swapped}
-        lengths = budget.lengths(mesh)
+        lengths = mesh.lengths()
         talking = sum(size / speed(axis, lengths, device) for axis, size in talk.items() if size)
         seconds = busy * (1 + bubble / microbatches) + talking
         return Layout(seconds, state + gradients + kept, self.useful / (self.count * peak * seconds),

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from moejax.config import ConfigError
+from moejax.config import require
 from moejax.data.batch import Images
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import collectives
@@ -63,8 +63,7 @@ def check(sharded: Sharded, prompts: Sequence[Sequence[int]], new: int, temperat
         "generation needs a router that does not look ahead; this model's is expert_choice, whose experts choose among "
         "all tokens of a sequence; train with router topk or sigmoid":
             model.moe.router != "expert_choice" or "M" not in model.layer_kinds()}
-    if problems := [rule for rule, kept in rules.items() if not kept]:
-        raise ConfigError(problems)
+    require(rules)
 
 
 @lru_cache(maxsize=8)

@@ -227,8 +227,7 @@ def keep(run_dir: Path, files: dict[str, str]) -> None:
 
 def notes(config: Config, corpus: Corpus, sharded: Sharded, start: int) -> Iterator[str]:
     count, active = sharded.parameters()
-    lengths = " × ".join(f"{axis} {size}" for axis, size in sharded.mesh.shape.items() if size > 1) or "one device"
-    yield f"{config.name}: {count:,} parameters, {active:,} active; {lengths}; run folder {config.run_dir}"
+    yield f"{config.name}: {count:,} parameters, {active:,} active; {config.mesh.words()}; run folder {config.run_dir}"
     if frozen := sum(not sharded.trainable[name] for name in filter(sharded.learned.get, sharded.shapes)):
         trained = sum(math.prod(sharded.shapes[name]) for name in states.trained(sharded, sharded.shapes))
         yield f"{trained:,} of the parameters are trained; {frozen} weights are frozen"

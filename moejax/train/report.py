@@ -246,7 +246,6 @@ def facts(run: Run) -> list[tuple[str, str]]:
     """The summary: (label, value) of what the run has."""
     last, mesh, unigram = run.records[-1], run.config.mesh, middle(run.series("unigram_loss"))
     validation = [record["validation_loss"] for record in run.records if "validation_loss" in record][-1:]
-    lengths = [(axis, getattr(mesh, axis)) for axis in ("data", "fsdp", "pipeline", "expert", "tensor")]
     rows = [("Steps", f"{last['step']:,} of {run.config.train.steps:,}"),
             ("Tokens", large(last.get("tokens"))),
             ("Final training loss", losses(run, last.get("loss"))),
@@ -258,7 +257,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("Goodput", share(last.get("goodput"))),
             ("Steps skipped", f"{last['skipped']:,}" if last.get("skipped") else ""),
             ("Gone back", ", ".join(f"from step {one['step']:,} to {one['to']:,}" for one in run.events)),
-            ("Mesh", " × ".join(f"{axis} {length}" for axis, length in lengths if length > 1) or "one device"),
+            ("Mesh", mesh.words()),
             ("Parameters", large(run.summary.get("parameters"))),
             ("Active parameters", large(run.summary.get("active_parameters"))),
             ("Pipeline", f"{mesh.schedule}, {run.config.train.microbatches} microbatches" if mesh.pipeline > 1 else ""),

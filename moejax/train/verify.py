@@ -24,7 +24,7 @@ from moejax.model.router import Routing
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import collectives
 from moejax.parallel import mesh as meshes
-from moejax.parallel.axes import AXES, rows
+from moejax.parallel.axes import rows
 from moejax.train import state as states
 from moejax.train.fault import tell
 from moejax.train.optimizer import make_optimizer
@@ -135,10 +135,9 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
 
 
 def describe(mesh: configs.Mesh) -> str:
-    lengths = [f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1]
     options = [mesh.schedule] if mesh.pipeline > 1 else []
     options += [f"{mesh.chunks} chunks"] * (mesh.chunks > 1) + [str(list(mesh.stage_layers))] * bool(mesh.stage_layers)
-    return " ".join([" × ".join(lengths) or "one device", *options])
+    return " ".join([mesh.words(), *options])
 
 
 def make_sharded(config: Config) -> Sharded:

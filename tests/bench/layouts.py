@@ -12,7 +12,6 @@ import numpy as np
 from moejax.config import Config, Data, Mesh, Model, MoE, Train, override
 from moejax.parallel import hardware
 from moejax.plan import cost
-from moejax.plan.budget import lengths
 from moejax.plan.count import trace
 
 HERE = Path(__file__).parent
@@ -40,7 +39,7 @@ def main() -> None:
         case, problems = override(config(), layout.split())
         assert not problems, problems
         counted = trace(case)
-        work, talk = cost.step_seconds(counted.dots, counted.sent, lengths(case.mesh), "float32", device)
+        work, talk = cost.step_seconds(counted.dots, counted.sent, case.mesh.lengths(), "float32", device)
         predicted.append(8 * (work + talk))  # 8 devices on the cores of one
         done = subprocess.run([sys.executable, HERE / "train_step.py", __file__, "3", "mesh.fake_devices=8",
                                *layout.split()], capture_output=True, text=True, check=True)

@@ -127,7 +127,7 @@ def test_use_casts_and_joins_what_fsdp_splits(inside):
 
 def placed(model: configs.Model, **lengths: int) -> tuple[dict[str, P], dict[str, int]]:
     """Of every weight on a mesh without devices: its spec, and the bytes of it on each device."""
-    mesh = AbstractMesh(tuple(lengths.get(axis, 1) for axis in axes.AXES), axes.AXES)
+    mesh = AbstractMesh(tuple(lengths.get(axis, 1) for axis in configs.AXES), configs.AXES)
     specs, held = {}, {}
     for name, v in weights.flatten(transformer.abstract(model)).items():
         specs[name] = axes.spec(v.axes, v.shape, mesh.shape)
@@ -189,7 +189,7 @@ def test_the_full_size_model_counts_and_lies_as_published():
 
 def test_zero1_splits_the_state_of_almost_everything():
     specs, held = placed(FULL, data=4, tensor=8)
-    mesh = AbstractMesh((4, 1, 1, 1, 8), axes.AXES)
+    mesh = AbstractMesh((4, 1, 1, 1, 8), configs.AXES)
     shapes = {name: v.shape for name, v in weights.flatten(transformer.abstract(FULL)).items()}
     state = {name: axes.further(specs[name], shapes[name], "data", mesh.shape["data"]) for name in specs}
     assert state["runs.0.0.feed.up"] == P("data", None, None, None, "tensor")

@@ -4,9 +4,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from moejax.config import AXES
 from moejax.parallel import axes
 
-ONE = dict.fromkeys(axes.AXES, 1)
+ONE = dict.fromkeys(AXES, 1)
 # A length of its own for every axis, so that no two can be mistaken for each other.
 PRIMES = {"data": 11, "fsdp": 2, "pipeline": 3, "expert": 5, "tensor": 7}
 
@@ -17,7 +18,7 @@ def test_names_come_in_the_order_of_the_dimensions():
 
 
 def test_every_rule_names_an_axis_of_the_mesh():
-    assert {axis for axis in axes.RULES.values() if axis} <= set(axes.AXES)
+    assert {axis for axis in axes.RULES.values() if axis} <= set(AXES)
     assert set(axes.BATCH) == {"data", "fsdp", "expert"}
 
 
@@ -38,7 +39,7 @@ def test_spec_by_hand(text: str, shape: tuple[int, ...], place: P):
 
 
 def test_spec_takes_the_shape_of_a_real_or_abstract_mesh():
-    mesh = jax.sharding.AbstractMesh((1, 2, 1, 1, 7), axes.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 1, 7), AXES)
     assert axes.spec("embed -> kv head", (10, 14, 3), mesh.shape) == P("fsdp", "tensor", None)
 
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax.config import Mesh
+from moejax.config import AXES, Mesh
 from moejax.parallel import collectives
-from moejax.parallel.axes import AXES
 from moejax.parallel.mesh import make_mesh
 
 COLLECTIVE = re.compile(r"\b(psum\w*|all_gather\w*|reduce_scatter|all_to_all|ppermute|pmax|pvary|pcast)\[")
