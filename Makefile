@@ -24,7 +24,7 @@ demo-vision: $(VENV)/ready
 	$(RUN)/moejax report runs/vision_demo
 
 test: $(VENV)/ready
-	$(RUN)/python -m pytest -n 2 --dist loadfile
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-newest:
 	@test -n "$(NEWEST)" || { echo "make test-newest needs a Python of 3.12 or newer on the PATH"; exit 2; }

@@ -18,6 +18,15 @@ assert jax.device_count() == 8  # from now on no config's fake_devices can make 
 install_import_hook("moejax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
+# Files that take minutes begin first, so that at the end no worker waits for another.
+LONG = ("test_vision.py", "test_survival.py", "test_pipeline.py", "test_readme.py", "test_processes.py",
+        "test_sharded.py", "test_count.py", "test_budget.py", "test_images.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    items.sort(key=lambda item: (item.path.name not in LONG, item.path.parent.name != "train"))
+
+
 @pytest.fixture(autouse=True)
 def strict(request: pytest.FixtureRequest):
     """In the tests of the model and what is below it; optax, which training calls, promotes its step counts."""

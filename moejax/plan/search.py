@@ -51,7 +51,7 @@ def search(config: Config, on: str, top: int = 10) -> dict[str, Any]:
     for mesh in meshes(config, count):
         group = mesh.pipeline if mesh.schedule == "interleaved" else 1  # microbatches come in multiples of it
         case = replace(config, mesh=mesh, train=replace(config.train, microbatches=group))
-        if problems := configs.check_mesh(case):
+        if problems := configs.check(case):
             refused.update({problem.split(";")[0] for problem in problems})
             tried += 1
             continue
@@ -130,7 +130,7 @@ class Judge:
         # Of what a token leaves in a layer for the backward pass, `split` is shared out over `tensor`.
         halves = [replace(alone, mesh=Mesh(tensor=some, sequence=tokens % some == 0))
                   for some in configs.divisors(model.heads)[1:]]
-        half = next((each for each in halves if not configs.check_mesh(each)), None)
+        half = next((each for each in halves if not configs.check(each)), None)
         self.split = (kept - self.kept(half)[1]) / (1 - 1 / half.mesh.tensor) if half else 0.0
         self.kept_whole = kept - self.split
         flops, head = flops_of(counted.dots), 2 * model.vocab * model.d_model * tokens

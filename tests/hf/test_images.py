@@ -218,8 +218,9 @@ def test_how_images_are_made_ready(tmp_path):
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == given
     for wrong, problem in [
             ({"rescale_factor": 1 / 127.5}, "bytes of pixels are divided by 255 here; "),
-            ({"image_mean": [1, 2]}, "mean is three numbers, not '1,2'"),
-            ({"image_std": [0] * 3}, "std is three numbers above 0, not '0,0,0'"), ({"image_std": 1}, "not '1'"),
+            ({"image_mean": [1, 2]}, "mean= of model.vision takes three numbers; got '1,2'"),
+            ({"image_std": [0] * 3}, "std= of model.vision takes three numbers above 0; got '0,0,0'"),
+            ({"image_std": 1}, "got '1'"),
             ({"image_mean": "grey one"}, "model.vision ")]:
         (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(wrong))
         with pytest.raises(ConfigError) as caught:

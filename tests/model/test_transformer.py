@@ -137,7 +137,8 @@ def test_remat_changes_the_work_and_not_the_gradients(numbers):
     assert matmuls["none"] < matmuls["dots"] < matmuls["full"]
     for policy in ("dots", "full"):
         for name, want in found["none"].items():
-            np.testing.assert_allclose(found[policy][name], want, rtol=1e-4, atol=1e-5, err_msg=name)
+            difference = np.linalg.norm(found[policy][name] - want)
+            assert difference <= 1e-5 * np.linalg.norm(want), name  # fused otherwise: a few units in the last place
 
 
 def test_a_tied_model_uses_its_embedding_twice(numbers):

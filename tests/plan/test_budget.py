@@ -179,6 +179,7 @@ def test_replica_groups_are_read_in_every_spelling():
                        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data", 2)),
                        ("replica_groups={}", ("data+expert+tensor", 8)),
                        ("source_target_pairs={{0,2},{2,0}}", ("expert", 2)),
-                       ("replica_groups=mesh['data'=2,'fsdp'=1,'expert'=2] {'data','fsdp'}, x", ("data", 2)),
+                       ("replica_groups=mesh['data'=2,'fsdp'=1,'expert'=2,'tensor'=2] {'data','fsdp'}, x", ("data", 2)),
+                       ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, x", ("expert+tensor", 4)),
                        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ("data+tensor", 4))):
         assert program.axes(text) == axes
