@@ -25,8 +25,7 @@ from moejax.hf.names import FAMILIES
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.model.transformer import Output
 from moejax.model.vision import Features
-from moejax.parallel import axes
-from moejax.parallel import mesh as meshes
+from moejax.parallel import axes, mesh as meshes
 from moejax.serve.generate import generate_tokens
 from moejax.train.begin import adopt
 from moejax.train.checkpoint import folder_of, restore_weights, write_weights

@@ -214,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> int:
-    """The `moejax` command.  On Linux it starts itself again with large pages for large allocations: XLA on a CPU takes
-    its buffers anew from the kernel in every step, and clearing them in small pages is a third of the CPU time.
-    """
+    """The `moejax` command; on Linux with large pages: clearing small ones takes XLA a third of a step on a CPU."""
     large = sys.argv[1:2] in (["train"], ["verify"], ["import"])
     if large and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

@@ -1,7 +1,4 @@
-"""What the data package hands to training: a `Batch` of windows of the token stream, and their images.
-
-Letters as in the model's legend: B sequences, T tokens, I images of a sequence, S rows and columns of an image.
-"""
+"""What training is given: windows of text, and their images (S rows and columns; other letters as in the model)."""
 
 from typing import NamedTuple
 

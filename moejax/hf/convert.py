@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from moejax import config as configs
-from moejax.config import ConfigError, refuse
+from moejax.config import CROSSED, ConfigError, Model, refuse
 from moejax.data.tokenizer import read_json
 from moejax.hf.names import FAMILIES, WHOLE, Entry, describe, model_of, unlike
 from moejax.hf.reading import Reader
@@ -26,7 +25,7 @@ from moejax.hf.safetensors import DTYPES, File, shards, write
 from moejax.model import transformer
 from moejax.model.sharded import Sharded
 from moejax.parallel import axes as rules
-from moejax.parallel.memory import host_array
+from moejax.parallel.mesh import host_array
 
 INDEX = "model.safetensors.index.json"
 ORIGIN = "huggingface.json"  # in the run folder: the config it came with, and the type of every tensor
@@ -242,7 +241,7 @@ def groups(axes: str) -> list[list[str]]:
     return [[] if part == "1" else part.strip("()").split() for part in parts]
 
 
-def pairs(tensor: Tensor, model: configs.Model) -> dict[str, np.ndarray]:
+def pairs(tensor: Tensor, model: Model) -> dict[str, np.ndarray]:
     """Of an axis marked ~: where the entries of our weight are in the tensor, which ends in pairs of neighbours."""
     found = {}
     for axis in re.findall(r"(\w+)~", tensor.entry.axes):
@@ -291,10 +290,10 @@ def tensors(entries: Sequence[Entry], sharded: Sharded) -> dict[str, Tensor]:
     return found
 
 
-def stacks(model: configs.Model) -> dict[str, dict[str, list[int]]]:
+def stacks(model: Model) -> dict[str, dict[str, list[int]]]:
     """By what stands for the number in names there: prefix of our stacked weights -> the numbers in the stack."""
     layers, letters = transformer.stacks(model), model.layer_letters()
-    crossed = [layer for layer, letter in enumerate(letters) if letter in configs.CROSSED]
+    crossed = [layer for layer, letter in enumerate(letters) if letter in CROSSED]
     told, look = model.encoder(), model.looks()
     return {"layer": layers,
             "cross": {f"{prefix}.cross": [crossed.index(layer) for layer in some]
@@ -303,14 +302,14 @@ def stacks(model: configs.Model) -> dict[str, dict[str, list[int]]]:
             "depth": {"vision.resampler.layer": list(range(look.depth))} if look and look.latents else {}}
 
 
-def lacks(published: Mapping[str, Any], model: configs.Model) -> list[str]:
+def lacks(published: Mapping[str, Any], model: Model) -> list[str]:
     """What a config.json does not say of this model, apart from what is of training."""
     family = FAMILIES[published["model_type"]]
     read = family.reader(published)
     return unlike(model, model_of(family, read)) + read.problems
 
 
-def family_of(model: configs.Model, longest: int) -> dict[str, Any]:
+def family_of(model: Model, longest: int) -> dict[str, Any]:
     """The config.json of the family that can express a model.  Raises ConfigError: what the nearest one lacks."""
     found = [{"model_type": name, "architectures": [family.architecture], **describe(model, family, longest)}
              for name, family in FAMILIES.items()]
@@ -349,7 +348,7 @@ def export(sharded: Sharded, weights: Mapping[str, Array], folder: Path, publish
     return {"tensors": len(wanted), "bytes": sum(sizes.values())}
 
 
-def fetch(weights: Mapping[str, Array], tensor: Tensor, model: configs.Model) -> np.ndarray:
+def fetch(weights: Mapping[str, Array], tensor: Tensor, model: Model) -> np.ndarray:
     """One tensor as it is published, float32."""
     order, part = tensor.order(), tensor.part
     value = np.asarray(weights[tensor.weight][tuple(

@@ -73,9 +73,7 @@ class Attention(nnx.Module):
         self.model, self.window = model, window
 
     def __call__(self, x: Stream, positions: Places | None, run: Pass, cache: Cache | None = None) -> tuple[Array, Any]:
-        """With a cache, x continues each sequence at `positions` and attends to what the cache holds before it; without
-        positions everything sees everything.
-        """
+        """With a cache, x continues each sequence at `positions`; without positions everything sees everything."""
         if positions is None:
             return self.look(x, run), None
         q, k, v = self.turned(collectives.enter(x, run.sequence), positions, run)
@@ -137,9 +135,7 @@ class Attention(nnx.Module):
 
 
 class LatentAttention(Attention):
-    """Of DeepSeek-V2 (arXiv 2405.04434 section 2.1): keys and values of all heads are made from one small latent per
-    token; only the last entries of a head are turned, and those of the keys are shared.
-    """
+    """Keys and values of all heads from one small latent per token (DeepSeek-V2, arXiv 2405.04434 section 2.1)."""
 
     def __init__(self, w: Weights, model: configs.Model, window: int | None = None):
         queries, keys, turned, size = model.latent
@@ -211,9 +207,7 @@ def plain(q: Queries, k: Keys, v: Values, positions: Places, look: Look) -> Atte
 
 
 def blocked(q: Queries, k: Keys, v: Values, look: Look) -> Attended:
-    """Causal attention with (group, time) as the rows of one matmul per KV head, block of queries by block: a block
-    multiplies only the keys up to its own end, and of them those that its window reaches.
-    """
+    """Causal attention, (group, time) the rows of a matmul per KV head; blocks of queries skip keys they cannot see."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # B K H T and B K T J

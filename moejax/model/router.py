@@ -97,9 +97,7 @@ def sparsemixer(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> C
 
 
 def expert_choice(logits: Scores, bias: Float[Array, " E"], moe: configs.MoE) -> Choice:
-    """Every expert takes the tokens that score highest with it, of all in the sequence (arXiv 2202.09368): a token
-    "chooses" all experts, and the seats decide.
-    """
+    """Every expert takes the tokens that score highest with it, of all in the sequence (arXiv 2202.09368)."""
     scores = jax.nn.softmax(logits, -1)
     expert = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
     return expert, scores * moe.scale, scores
@@ -164,9 +162,7 @@ def places(line: Int[Array, "R Q"], experts: int) -> Int[Array, "R Q"]:
 
 
 def losses(logits: Scores, scores: Scores, routing: Routing, chosen: Bool[Array, "R M A"], moe: configs.MoE) -> Losses:
-    """Balance loss E·Σ f·P (arXiv 2101.03961 equations 4 to 6; f counts all k choices and sums to 1, so balanced is 1),
-    z-loss (arXiv 2202.08906 equation 5), load and drops.
-    """
+    """Balance E·Σ f·P (arXiv 2101.03961 equations 4 to 6; even is 1), z (2202.08906 equation 5), load, drops."""
     hit = jax.nn.one_hot(routing.expert, moe.experts, dtype=bool) & chosen[..., None]
     count = jnp.sum(hit, (1, 2)).astype(jnp.float32)  # R E
     total = jnp.sum(count, -1, keepdims=True)

@@ -32,9 +32,7 @@ class Output(NamedTuple):
 
 
 class Transformer(nnx.Module):
-    """Runs of equal layers are stacked, each run one `lax.scan`: depth costs no compile time.  Without layers there is
-    only the `vision` tower, which can be left out of others.
-    """
+    """Runs of equal layers are stacked, each one `lax.scan`: depth costs no compile time.  `vision` may be left out."""
 
     def __init__(self, model: configs.Model, key: Array, tower: bool = True):
         w, at, text = Weights(model, key), stacks(model), model.layers > 0

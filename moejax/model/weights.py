@@ -24,8 +24,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax import config as configs
-from moejax.parallel import axes as rules
-from moejax.parallel import collectives
+from moejax.parallel import axes as rules, collectives
 
 LAYERS = 2**31  # names the random numbers of layers; those of other weights are counted from 0
 

@@ -4,7 +4,7 @@ the axes of the mesh.  Everything that depends on the layout of a weight reads i
 
 from collections.abc import Mapping
 
-from jax.sharding import PartitionSpec as P
+from jax import P
 
 BATCH = ("data", "fsdp", "expert")  # the batch is split over these three together
 

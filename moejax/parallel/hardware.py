@@ -1,7 +1,4 @@
-"""What devices can do and cost, by name: from the makers' data sheets, with prices of the date that stands beside them.
-
-Knows nothing of jax.  A config adds its own devices, or corrects these, in `hardware`.
-"""
+"""What devices can do and cost: data sheets, prices with their dates.  Knows no jax; `hardware` of a config adds."""
 
 import difflib
 import re

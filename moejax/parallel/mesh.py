@@ -1,8 +1,11 @@
-"""Devices: fake ones on a CPU, the mesh over them, and how fast one of them multiplies."""
+"""Devices: fake ones on a CPU, the mesh over them, how fast one of them multiplies, and memory that one takes over."""
 
+import math
 import os
 import timeit
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +13,8 @@ from jax.experimental import mesh_utils
 
 from moejax import config as configs
 from moejax.parallel import hardware, processes
+
+ALIGN = 64  # bytes of host memory: below it, JAX copies
 
 
 def start(mesh: configs.Mesh, heartbeat: int = 100) -> None:
@@ -43,11 +48,9 @@ def fake(devices: int, group: processes.Group | None) -> None:
     flag = "--xla_cpu_collective_call_terminate_timeout_seconds"
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=600"
-    try:
+    with suppress(RuntimeError):  # already running; what counts is how many there are
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices // count)
-    except RuntimeError:
-        pass  # already running; what counts is how many there are
 
 
 def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -65,9 +68,7 @@ def make_mesh(mesh: configs.Mesh, devices: Sequence[jax.Device] | None = None) -
 
 
 def peak_flops(device: jax.Device) -> float:
-    """FLOP/s of one device: from its data sheet, or on a CPU its share of a float32 matmul measured in this process.
-    All processes of a group must call it, as they may share one machine.
-    """
+    """FLOP/s of a device, on a CPU as measured now; all processes of a group must call it, as they may share one."""
     if known := hardware.of_kind(device.device_kind):
         return known.bfloat16
     if device.process_index != jax.process_index():
@@ -80,3 +81,11 @@ def peak_flops(device: jax.Device) -> float:
     seconds = timeit.timeit(lambda: multiply(x).block_until_ready(), number=1)
     share = jax.local_device_count() if device.platform == "cpu" else 1
     return 4 * 2 * size**3 / seconds / share
+
+
+def host_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros, to be filled, then put on devices and not written again: the device shares the memory."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + ALIGN, np.uint8)
+    begin = -memory.ctypes.data % ALIGN
+    return memory[begin:begin + size].view(dtype).reshape(shape)

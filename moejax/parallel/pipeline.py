@@ -56,9 +56,7 @@ def lower(schedule: Schedule, train: bool = True, save: bool = False) -> Plan:
             columns[f"{kind}_{what}"][tick, stage] = value
 
     def allocate(begin: Times, end: Times, **fill: Times) -> int:
-        """Gives what waits from one tick to another the lowest slot that is free, written down in columns at ticks that
-        `fill` tells; returns how many there are.
-        """
+        """Gives what waits between ticks the lowest free slot, written down when `fill` tells; returns their number."""
         busy: list[list[int]] = [[] for _ in range(stages)]  # until when, by slot
         for which in sorted(begin, key=begin.get):
             stage = which[1] % stages

@@ -235,9 +235,7 @@ def describe(schedule: Schedule) -> str:
 
 
 def read_csv(path: Path, stages: int, microbatches: int, chunks: int) -> Schedule:
-    """A table from a file: a line per tick, a column per stage, ops such as "F3 B1" (chunk 1: "F3.1") in a cell.
-    Raises ConfigError where the file cannot be read, or a cell is not made of ops.
-    """
+    """A line per tick, a column per stage, ops as in "F3 B1" (chunk 1: "F3.1").  Raises ConfigError on other files."""
     try:
         lines = [line for line in csv.reader(path.read_text().splitlines()) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -20,9 +20,7 @@ class Step(NamedTuple):
 
 
 class Split:
-    """now(inputs) -> (wanted results, kept values); later(kept) -> the other results.  `kept_inputs` numbers the inputs
-    among the kept values, with None for others.
-    """
+    """now(inputs) -> (wanted results, kept values); later(kept) -> the others.  `kept_inputs` tells which inputs."""
 
     def __init__(self, function: core.ClosedJaxpr, wanted: Sequence[bool]):
         jaxpr = function.jaxpr

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from moejax import config as configs
-from moejax.config import Config, ConfigError
+from moejax.config import Config, ConfigError, Mesh, check, refuse
 from moejax.model import weights
 from moejax.model.sharded import Sharded
 from moejax.parallel import axes, hardware, schedules
@@ -68,13 +67,13 @@ def spread(config: Config, count: int) -> Config:
     times = count // need
     config = replace(config, mesh=replace(mesh, data=mesh.data * times, fake_devices=0),
                      data=replace(config.data, batch=config.data.batch * times))
-    configs.refuse(configs.check(config))
+    refuse(check(config))
     return config
 
 
 def alone(config: Config) -> Config:
     """On one device, a sequence at a time."""
-    return replace(config, mesh=configs.Mesh(), data=replace(config.data, batch=1),
+    return replace(config, mesh=Mesh(), data=replace(config.data, batch=1),
                    train=replace(config.train, microbatches=1))
 
 

@@ -1,6 +1,4 @@
-"""The compiler's word: the real training step compiled ahead of time, for fake CPU devices, TPUs or GPUs that are not
-there, and what the compiled program says of its memory and of the bytes that it moves.
-"""
+"""The compiler's word: the real step compiled for devices that need not be there, its memory and what it sends."""
 
 import functools
 import math

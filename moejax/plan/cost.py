@@ -15,9 +15,7 @@ DAY = 86400
 
 
 def speed(axes: str, lengths: dict[str, int], device: Device) -> float:
-    """Bytes a second of a device along mesh axes ("tensor", "data+fsdp"): by its links where all partners lie in one
-    domain, as neighbours on the last axes do, else by the network.
-    """
+    """Bytes a second along axes as in "data+fsdp": by links where all partners lie in one domain, else by network."""
     order = list(lengths)
     inner = math.prod(lengths[axis] for axis in order[order.index(axes.split("+")[0]):])
     return device.link if inner <= device.domain else device.network
@@ -48,9 +46,7 @@ def chinchilla(active: float, tokens: float) -> dict[str, float]:
 
 
 def cache_per_token(config: Config, tensor: int = 1) -> float:
-    """Bytes of bfloat16 keys and values that a token leaves on a device, which holds every KV head it needs; of latent
-    attention too they are kept as attention reads them (model/cache.py).
-    """
+    """Bytes of bfloat16 keys and values that a token leaves on a device, which holds every KV head it needs."""
     model = config.model
     sizes = model.head_dim + (model.latent[3] if model.latent else model.head_dim)
     return model.layers * max(model.kv_heads / tensor, 1) * sizes * 2

@@ -63,9 +63,7 @@ class Equation(NamedTuple):
 
 
 def make_program(config: Config, mesh: Mesh | AbstractMesh | None = None) -> tuple[Sharded, Any, tuple[Any, Batch]]:
-    """A config's model, training step and the step's arguments as shapes with their shardings; the mesh is abstract
-    where none is given.
-    """
+    """A config's model, its step and the step's arguments as shapes with shardings; the mesh is abstract by default."""
     mesh = mesh or AbstractMesh(tuple(config.mesh.lengths().values()), AXES,
                                 axis_types=(AxisType.Auto,) * len(AXES))
     sharded = Sharded(config, mesh)
@@ -176,9 +174,7 @@ def carried(eqn: Any) -> dict[str, int]:
 
 
 def peak(jaxpr: core.Jaxpr, depth: int) -> int:
-    """Bytes at the worst moment of what is made inside: results count, but for those of the whole step, which are
-    written over its arguments.
-    """
+    """Bytes at the worst moment of what is made inside; the whole step's results are written over its arguments."""
     equations, results = flat(jaxpr, depth > 0)
     readers = defaultdict(list)
     for at, eqn in enumerate(equations):

@@ -1,7 +1,4 @@
-"""The published figures of the model that configs/gpt4.py follows, each beside what its dimensions give.
-
-They are from a newsletter article on that model's architecture of July 2023, and from what was quoted of it.
-"""
+"""The published figures of configs/gpt4.py's model (a newsletter, July 2023), beside what its dimensions give."""
 
 from typing import NamedTuple
 

@@ -1,5 +1,4 @@
-"""The fastest layout of a config on so many devices: every mesh, schedule and number of microbatches that fits, with
-activations kept or made again.
+"""The fastest layout of a config on so many devices: every mesh, schedule, microbatching and remat policy that fits.
 
 A layout is judged by arithmetic alone, on what two small traces of the config count per token and layer; `moejax plan`
 counts the winner exactly.
@@ -14,8 +13,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, NamedTuple
 
-from moejax import config as configs
-from moejax.config import Config, ConfigError, Mesh
+from moejax.config import AXES, Config, ConfigError, Mesh, check, divisors
 from moejax.model.sharded import Sharded
 from moejax.parallel import hardware, schedules
 from moejax.parallel.axes import BATCH, RULES, names
@@ -51,11 +49,11 @@ def search(config: Config, on: str, top: int = 10) -> dict[str, Any]:
     for mesh in meshes(config, count):
         group = mesh.pipeline if mesh.schedule == "interleaved" else 1  # microbatches come in multiples of it
         case = replace(config, mesh=mesh, train=replace(config.train, microbatches=group))
-        if problems := configs.check(case):
+        if problems := check(case):
             refused.update({problem.split(";")[0] for problem in problems})
             tried += 1
             continue
-        for groups in configs.divisors(config.data.batch // (mesh.batch_shards() * group)):
+        for groups in divisors(config.data.batch // (mesh.batch_shards() * group)):
             if mesh.pipeline == 1 and groups > 64:
                 break
             for remat in judge.flops:
@@ -85,7 +83,7 @@ def overrides(mine: Mesh, layout: Layout) -> list[str]:
 
 def meshes(config: Config, count: int) -> Iterator[Mesh]:
     """Every way to share out the devices, with the schedules that a pipeline can have."""
-    for lengths in products(count, len(configs.AXES)):
+    for lengths in products(count, len(AXES)):
         data, tensor = lengths[0], lengths[-1]
         mesh = Mesh(*lengths, zero1=data > 1, sequence=tensor > 1 and config.data.sequence % tensor == 0)
         yield mesh
@@ -99,16 +97,14 @@ def products(count: int, parts: int) -> Iterator[tuple[int, ...]]:
     if parts == 1:
         yield (count,)
         return
-    for first in configs.divisors(count):
+    for first in divisors(count):
         for rest in products(count // first, parts - 1):
             yield (first, *rest)
 
 
 @cache
 def idle(schedule: str, stages: int, chunks: int) -> float:
-    """Idle time of a stage in units of one microbatch's forward and backward, whatever their number: counted from a
-    table of up to 8 stages, and proportional to how many there are before it.
-    """
+    """Idle time of a stage, in forwards and backwards of a microbatch: counted of 8 stages at most, then scaled."""
     some = min(stages, 8)
     table = schedules.SCHEDULES[schedule](some, 2 * some, chunks)
     return 2 * some * table.bubble() / (1 - table.bubble()) * (stages - 1) / max(some - 1, 1)
@@ -129,8 +125,8 @@ class Judge:
         counted, kept = self.kept(alone)
         # Of what a token leaves in a layer for the backward pass, `split` is shared out over `tensor`.
         halves = [replace(alone, mesh=Mesh(tensor=some, sequence=tokens % some == 0))
-                  for some in configs.divisors(model.heads)[1:]]
-        half = next((each for each in halves if not configs.check(each)), None)
+                  for some in divisors(model.heads)[1:]]
+        half = next((each for each in halves if not check(each)), None)
         self.split = (kept - self.kept(half)[1]) / (1 - 1 / half.mesh.tensor) if half else 0.0
         self.kept_whole = kept - self.split
         flops, head = flops_of(counted.dots), 2 * model.vocab * model.d_model * tokens
@@ -147,9 +143,7 @@ class Judge:
         return counted, max(counted.peak - gradients - rounded, 0) / (config.data.sequence * config.model.layers)
 
     def of_weights(self, mesh: Mesh) -> tuple[float, float, float, float]:
-        """Bytes of a device: its weights and moments, its gradients, the weights as they are computed with, and what it
-        sends of gradients and new weights.
-        """
+        """Bytes of a device: weights and moments, gradients, weights in the compute type, and what it sends."""
         lengths = mesh.lengths()
         state = gradients = used = swapped = 0.0
         for where, (size, moving) in self.kinds.items():

@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jax.sharding import PartitionSpec as P
+from jax import Array, P, lax
 from jaxtyping import Int
 
 from moejax.config import require

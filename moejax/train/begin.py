@@ -1,13 +1,10 @@
-"""The weights a run begins with: fresh ones, or those of other runs, whose layers may be stacked in another way and
-which may have more or less than this model: a text model's begin one that sees, and the other way round.
-"""
+"""The weights a run begins with: fresh ones, or those of other runs, stacked in another way, with more or less."""
 
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import NamedSharding
+from jax import Array, NamedSharding
 
 from moejax.config import Config, ConfigError
 from moejax.model import transformer, weights
@@ -20,9 +17,7 @@ from moejax.train.fault import tell
 
 
 def beginning(sharded: Sharded) -> dict[str, Array]:
-    """The weights of the runs that train.init names: each weight from the first that has it, and fresh where none has.
-    Raises ConfigError: one is no run folder, or has nothing of this model, or as `adopt`.
-    """
+    """Each weight from the first run of train.init that has it, else fresh.  Raises ConfigError: no run; as `adopt`."""
     found: dict[str, Array] = {}
     folders = [Path(name.strip()) for name in sharded.config.train.init.split(",") if name.strip()]
     for folder, config in {folder: config_of(folder) for folder in folders}.items():  # all are read before any is used

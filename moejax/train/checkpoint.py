@@ -26,11 +26,10 @@ from etils import epath
 from jax import Array, P, lax
 from jax.sharding import Mesh, NamedSharding
 
-from moejax import config as configs
-from moejax.config import Config, ConfigError
+from moejax.config import Checkpoint, Config, ConfigError, from_json, leaves, to_json
 from moejax.model.sharded import Sharded
 from moejax.parallel import processes
-from moejax.parallel.memory import host_array
+from moejax.parallel.mesh import host_array
 from moejax.train.fault import RunFailed, tell
 from moejax.train.state import State
 
@@ -67,8 +66,8 @@ def checksums(arrays: dict[str, Array]) -> Array:
     other damage but for a chance of 2^-32.  No device waits for another: a collective beside those of the next step
     could block both on a CPU.
     """
-    leaves = list(arrays.values())
-    return summing(leaves[0].sharding.mesh, tuple(x.sharding.spec for x in leaves))(leaves)
+    parts = list(arrays.values())
+    return summing(parts[0].sharding.mesh, tuple(x.sharding.spec for x in parts))(parts)
 
 
 @cache
@@ -142,7 +141,7 @@ class SaveManifest(ocp.args.CheckpointArgs):
         data, names = self.config.data, zip(self.kinds.items(), mine, strict=True)
         return self.position._asdict() | {
             "processes": jax.process_count(), "tokens": self.position.step * data.batch * data.sequence,
-            "rng": random_kind(self.config), "config": json.loads(configs.to_json(self.config)),
+            "rng": random_kind(self.config), "config": json.loads(to_json(self.config)),
             "arrays": {name: kind | {"checksum": int(one)} for (name, kind), one in names}}
 
 
@@ -174,7 +173,7 @@ def flat(state: State) -> dict[str, Any]:
 
 def differences(there: Config, here: Config) -> list[str]:
     """What makes two configs learn something else, in words."""
-    old, new = dict(configs.leaves(there)), dict(configs.leaves(here))
+    old, new = dict(leaves(there)), dict(leaves(here))
     return [f"{name} is {old[name][1]!r} there and {new[name][1]!r} here" for name in new
             if old[name][1] != new[name][1] and not name.startswith(FREE)]
 
@@ -188,12 +187,12 @@ def config_of(run_dir: Path) -> Config:
         raise ConfigError([f"what is meant is a run folder; {run_dir} is a Hugging Face checkpoint; make a run of it "
                            f"with moejax import {run_dir} RUN"])
     try:
-        return configs.from_json(path.read_text())
+        return from_json(path.read_text())
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
 
 
-def folder_of(rules: configs.Checkpoint, run_dir: str | Path) -> epath.Path:
+def folder_of(rules: Checkpoint, run_dir: str | Path) -> epath.Path:
     """Where the checkpoints of a run lie.  Raises ConfigError where a library for such paths is missing."""
     folder = epath.Path(rules.folder or Path(run_dir).absolute() / "checkpoints")
     try:
@@ -204,7 +203,7 @@ def folder_of(rules: configs.Checkpoint, run_dir: str | Path) -> epath.Path:
     return folder
 
 
-def open_manager(folder: epath.Path, rules: configs.Checkpoint | None) -> ocp.CheckpointManager:
+def open_manager(folder: epath.Path, rules: Checkpoint | None) -> ocp.CheckpointManager:
     """Orbax's manager of a folder; only to read without rules."""
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # what fails is told in our own words
@@ -221,7 +220,7 @@ def open_manager(folder: epath.Path, rules: configs.Checkpoint | None) -> ocp.Ch
     return ocp.CheckpointManager(folder, options=options, item_handlers={"arrays": arrays, "manifest": Manifest()})
 
 
-def open_run(rules: configs.Checkpoint, run_dir: str | Path) -> ocp.CheckpointManager:
+def open_run(rules: Checkpoint, run_dir: str | Path) -> ocp.CheckpointManager:
     """The checkpoints of a run, to read.  Raises ConfigError where there are none."""
     folder = folder_of(rules, run_dir)
     manager = open_manager(folder, None) if folder.is_dir() else None
@@ -399,7 +398,7 @@ class Checkpoints:
             raise ConfigError([f"a run draws the same random numbers to its end; it began with {manifest['rng']}, and "
                                f"this process has {here}; set JAX's options jax_default_prng_impl and "
                                "jax_threefry_partitionable to what they were"])
-        if differ := differences(configs.from_json(json.dumps(manifest["config"])), self.config):
+        if differ := differences(from_json(json.dumps(manifest["config"])), self.config):
             raise ConfigError([f"a run goes on from its own checkpoints; those in {self.folder} are of another config "
                                f"({'; '.join(differ)}); set checkpoint.folder to another, or undo the difference"])
         if newer := [other for other in self.manager.all_steps() if other > step]:
@@ -447,7 +446,7 @@ def write_weights(config: Config, weights: dict[str, Array]) -> None:
 
 
 def restore_weights(run_dir: Path, sharded: Sharded, say: Callable[[str], None] = tell,
-                    rules: configs.Checkpoint | None = None,
+                    rules: Checkpoint | None = None,
                     targets: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, Array]:
     """The newest good weights of a run, on any mesh: the model's, or those that the targets say.  The rules are the
     run's own, where they are not those of the model's config.  Raises ConfigError where there is no good checkpoint.

@@ -53,9 +53,7 @@ def judge(health: Health, loss: Array, norm: Array, rules: configs.Fault) -> tup
 
 
 class Stop:
-    """Hears SIGTERM and SIGINT, so that a run can finish its step and save; a second one ends it at once.  Of several
-    processes each hears its own, and JAX agrees on the step after which all of them end.
-    """
+    """Hears SIGTERM and SIGINT; a second one ends the run at once.  JAX has all processes end after the same step."""
 
     def __enter__(self) -> "Stop":
         self.heard: str | None = None

@@ -13,15 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax import config as configs
-from moejax.config import Config, ConfigError
+from moejax.config import Config, ConfigError, from_json, to_json
 from moejax.data.batch import Batch
 from moejax.data.loader import Corpus, document_note, open_corpus, unigram_loss
 from moejax.data.samples import make_samples, train_batch, validation_batches
 from moejax.data.tokenizer import TOKENIZER_FILE, tokenizer_files
 from moejax.model.sharded import Sharded, on_mesh
-from moejax.parallel import mesh as meshes
-from moejax.parallel import processes, schedules
+from moejax.parallel import mesh as meshes, processes, schedules
 from moejax.parallel.schedules import Schedule
 from moejax.train import state as states
 from moejax.train.begin import beginning
@@ -156,9 +154,7 @@ def advance(step: Any, state: State, batch: Batch) -> tuple[State, dict[str, np.
 
 def rewind(checkpoints: Checkpoints, layout: State, position: Position, record: dict[str, Any],
            rewinds: int) -> tuple[State, Position]:
-    """The newest good state from before the bad steps, and its position with the data up to here behind it.  Raises
-    RunFailed: there is none, or the run has gone back to it too often.
-    """
+    """The newest state before the bad steps, past whose data it goes on.  Raises RunFailed: none, or back too often."""
     found = checkpoints.restore(layout, before=position.step - record["bad"]) if rewinds < REWINDS else None
     if found is None:
         newest = checkpoints.newest()
@@ -196,7 +192,7 @@ def claim(config: Config) -> Path:
         raise ConfigError([f"run_dir must name a folder that can be written; {run_dir} is not ({error}); "
                            "set run_dir to another"]) from None
     if path.exists():
-        if differ := differences(configs.from_json(path.read_text()), config):
+        if differ := differences(from_json(path.read_text()), config):
             raise ConfigError([f"a run folder holds one run; {run_dir} was begun with another config "
                                f"({'; '.join(differ)}); set run_dir to a new folder, or undo the difference"])
     elif any(each.name not in UNCLAIMED for each in run_dir.iterdir()):
@@ -206,9 +202,7 @@ def claim(config: Config) -> Path:
 
 
 def belongings(config: Config, sharded: Sharded) -> dict[str, str]:
-    """The files of a run folder: config.json, from when on it is this config's, what there is to say of its model, and
-    its tokenizer.  Raises ConfigError: the run began with another tokenizer.
-    """
+    """The files of a run folder beside its logs.  Raises ConfigError: the run began with another tokenizer."""
     files, kept = tokenizer_files(config.data.tokenizer), Path(config.run_dir) / TOKENIZER_FILE
     if files and kept.is_file() and kept.read_text("utf-8") != files[TOKENIZER_FILE]:
         raise ConfigError([f"a run keeps its tokenizer; data.tokenizer={config.data.tokenizer} is no longer that "
@@ -217,7 +211,7 @@ def belongings(config: Config, sharded: Sharded) -> dict[str, str]:
     devices = f"{config.mesh.devices()} × {sharded.mesh.devices.flat[0].device_kind}"
     summary = json.dumps({"parameters": count, "active_parameters": active, "devices": devices,
                           "jax": jax.__version__, "python": platform.python_version()})
-    return {"config.json": configs.to_json(config), "summary.json": summary} | files
+    return {"config.json": to_json(config), "summary.json": summary} | files
 
 
 def keep(run_dir: Path, files: dict[str, str]) -> None:

@@ -47,9 +47,7 @@ class MetricsLog(AbstractContextManager):
         self.flushed = time.monotonic()
 
     def write(self, record: dict[str, Any]) -> str | None:
-        """Adds the record of `record["step"]`; it is on disk, for any reader, when this returns.  Returns: what is
-        wrong where it cannot be written, as on a full disk; it is written with a later record then.
-        """
+        """It is on disk when this returns, or this returns what is wrong and it is written with a later record."""
         if self.path is None:
             return None
         record = json.loads(json.dumps(record), parse_constant=lambda _: None)  # what is not finite is null
@@ -86,9 +84,7 @@ class MetricsLog(AbstractContextManager):
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run by step, [] where there are none yet; a number that was not finite reads None.  Of a step
-    that was done again, after the run had gone back to a checkpoint, the last record counts.
-    """
+    """Records by step, None for what was not finite; of a step done again after a rewind, the last one counts."""
     last: dict[int, dict[str, Any]] = {}
     for record in read_lines(Path(run_dir) / FILE):
         if "event" in record:
@@ -144,9 +140,7 @@ def parse(line: str) -> dict[str, Any] | None:
 
 
 def tagged(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The fields of a record by TensorBoard tag.  A list per layer gives one tag a layer; shares per expert give each
-    layer's busiest expert, in multiples of an even share (1 is balance).
-    """
+    """Fields by TensorBoard tag: one a layer; of shares per expert the busiest one's, in multiples of an even share."""
     for key, value in record.items():
         if not isinstance(value, list):
             yield key, value

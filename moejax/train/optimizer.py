@@ -28,9 +28,7 @@ def adafactor(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.G
 
 
 def muon(o: configs.Optimizer, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
-    """Muon on the hidden matrices, layer by layer and expert by expert, at AdamW's update size (arXiv 2502.16982);
-    AdamW, with Nesterov momentum too, on embedding, head and vectors.
-    """
+    """Muon on hidden matrices, each by itself, at AdamW's update size (arXiv 2502.16982); AdamW on everything else."""
     rule = contrib.muon(1.0, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2, consistent_rms=0.2,
                         muon_weight_dimension_numbers={name: dimensions(text) for name, text in axes.items()})
     return decayed(rule, o, rate, axes)

@@ -13,9 +13,7 @@ WINDOW = 600  # seconds over which the remaining time is estimated
 
 
 class Progress:
-    """Shows the steps from `start`, that of a resumed run, to the last; use as a context manager.  Plain lines are
-    `log_every` steps apart; not `shown`, as in the processes of a group beside the first, it draws nothing.
-    """
+    """Shows steps, from `start` on; plain lines are `log_every` steps apart.  Draws nothing where it is not `shown`."""
 
     def __init__(self, steps: int, start: int = 0, log_every: int = 10, console: Console | None = None,
                  clock: Callable[[], float] = time.monotonic, shown: bool = True):

@@ -366,9 +366,7 @@ def shown(raw: str) -> str:
 
 
 def sample(found: dict[str, Any]) -> str:
-    """A generated text after its prompt in bold, whether or not it repeats the prompt; or pictures beside their true
-    text, what was read and what was guessed where they were black, or beside a question and the answer.
-    """
+    """A text after its prompt; or pictures beside their text, what was read, and what was guessed of black ones."""
     prompt, text, truth, blind = (str(found.get(key, "")) for key in ("prompt", "text", "truth", "blind"))
     if not found.get("images"):
         return f"<pre><b>{shown(prompt)}</b>{shown(text.removeprefix(prompt))}</pre>\n"

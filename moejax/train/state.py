@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, P
-from jax.sharding import NamedSharding
+from jax import Array, NamedSharding, P
 
 from moejax.model.sharded import Sharded
 from moejax.parallel.axes import further

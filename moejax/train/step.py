@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
-from jax.sharding import PartitionSpec as P
+from jax import Array, P, lax
 
 from moejax.data.batch import Batch
 from moejax.model import transformer
@@ -108,9 +107,7 @@ def pipelined(sharded: Sharded, schedule: Schedule, moving: dict[str, Array], fi
 
 def spread_out(sharded: Sharded, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch, run: Pass,
                count: int) -> Spread:
-    """`Stages.spread` of the moving weights, with what there is to see as if it were one of the stage's: the images of
-    all microbatches are encoded before the pipeline begins, each by one stage.
-    """
+    """`Stages.spread` of the moving weights, with the images of all microbatches, each encoded by one stage before."""
     local, shared = sharded.stages.spread(moving)
     if batch.images is not None:
         found = sharded.stages.see(moving | fixed, batch.images, run)

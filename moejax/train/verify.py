@@ -15,15 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, P
 
-from moejax import config as configs
-from moejax.config import Config, ConfigError
+from moejax.config import Config, ConfigError, Mesh, check
 from moejax.data.batch import Batch
 from moejax.data.loader import open_corpus
 from moejax.data.samples import make_samples, train_batch
 from moejax.model.router import Routing
 from moejax.model.sharded import Sharded, on_mesh
-from moejax.parallel import collectives
-from moejax.parallel import mesh as meshes
+from moejax.parallel import collectives, mesh as meshes
 from moejax.parallel.axes import rows
 from moejax.train import state as states
 from moejax.train.fault import tell
@@ -83,7 +81,7 @@ def opened(weights: dict[str, Array]) -> dict[str, Array]:
 
 
 def single(config: Config) -> Config:
-    return replace(config, mesh=configs.Mesh(), train=replace(config.train, microbatches=1))
+    return replace(config, mesh=Mesh(), train=replace(config.train, microbatches=1))
 
 
 def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
@@ -91,22 +89,22 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
     own, config = config, single(config)
     found: dict[Config, str] = {}
 
-    def add(name: str, mesh: configs.Mesh, *counts: int, **moe: str) -> None:
+    def add(name: str, mesh: Mesh, *counts: int, **moe: str) -> None:
         """With the first number of microbatches that is allowed, if any is."""
         model = replace(config.model, moe=replace(config.model.moe, **moe))
         every = (replace(config, mesh=mesh, model=model, train=replace(config.train, microbatches=count))
                  for count in counts or ((4, 2, 1) if mesh.pipeline > 1 else (1,)))
-        case = next((case for case in every if not configs.check(case)), config)
+        case = next((case for case in every if not check(case)), config)
         if case != config:
             found.setdefault(case, name)
 
-    def fit(*axes: str) -> configs.Mesh | None:
+    def fit(*axes: str) -> Mesh | None:
         """The mesh of these axes, each 2 or longer, that uses the most of the devices and that the config allows."""
-        every = (configs.Mesh(**dict(zip(axes, lengths, strict=True)))
+        every = (Mesh(**dict(zip(axes, lengths, strict=True)))
                  for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)))
         allowed = (mesh for mesh in every if mesh.devices() <= devices)
-        return max((mesh for mesh in allowed if not configs.check(replace(config, mesh=mesh))),
-                   key=configs.Mesh.devices, default=None)
+        return max((mesh for mesh in allowed if not check(replace(config, mesh=mesh))),
+                   key=Mesh.devices, default=None)
 
     for count in (1, 2, 3):
         for axes in itertools.combinations(("data", "fsdp", "pipeline", "expert", "tensor"), count):
@@ -123,18 +121,18 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
     if mesh := fit("data", "tensor"):
         for option in ("sequence", "zero1"):
             add(f"{describe(mesh)} {option}", replace(mesh, **{option: True}))
-    base = fit("data", "expert", "tensor") or fit("expert", "tensor") or fit("expert") or fit("data") or configs.Mesh()
+    base = fit("data", "expert", "tensor") or fit("expert", "tensor") or fit("expert") or fit("data") or Mesh()
     if "M" in config.model.layer_kinds():
-        for dispatcher, mesh in itertools.product(("sorted", "blocked", "einsum"), (configs.Mesh(), base)):
+        for dispatcher, mesh in itertools.product(("sorted", "blocked", "einsum"), (Mesh(), base)):
             add(f"{describe(mesh)} {dispatcher}", mesh, dispatcher=dispatcher)
-    for count, mesh in itertools.product((2, 4), (configs.Mesh(), base)):
+    for count, mesh in itertools.product((2, 4), (Mesh(), base)):
         add(f"{describe(mesh)} microbatches {count}", mesh, count)
     # The balance loss of a batch is defined over a microbatch.
     return [(name, case) for case, name in found.items()
             if case.train.microbatches == 1 or config.model.moe.balance_scope != "batch"]
 
 
-def describe(mesh: configs.Mesh) -> str:
+def describe(mesh: Mesh) -> str:
     options = [mesh.schedule] if mesh.pipeline > 1 else []
     options += [f"{mesh.chunks} chunks"] * (mesh.chunks > 1) + [str(list(mesh.stage_layers))] * bool(mesh.stage_layers)
     return " ".join([mesh.words(), *options])

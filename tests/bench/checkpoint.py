@@ -19,7 +19,7 @@ from moejax.data.loader import open_corpus
 from moejax.data.samples import Samples, train_batch
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel import mesh as meshes
-from moejax.parallel.memory import host_array
+from moejax.parallel.mesh import host_array
 from moejax.train import state as states
 from moejax.train.checkpoint import Checkpoints, Position
 from moejax.train.optimizer import make_optimizer

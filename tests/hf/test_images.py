@@ -21,8 +21,7 @@ from moejax.config import Config, ConfigError, Data, Model
 from moejax.data.batch import Images
 from moejax.hf import convert
 from moejax.model.sharded import Sharded, on_mesh
-from moejax.parallel import axes
-from moejax.parallel import mesh as meshes
+from moejax.parallel import axes, mesh as meshes
 from moejax.train import checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from moejax import config as configs
-from moejax.model import moe as layers
-from moejax.model import weights
+from moejax.model import moe as layers, weights
 from moejax.model.layers import Pass
 
 B, T, D = 3, 15, 8

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from moejax.config import Config, Data, Mesh, Model, MoE, Train, check
 from moejax.data.batch import Batch

@@ -20,8 +20,7 @@ from moejax.cli import main
 from moejax.config import Config, ConfigError, Data, Mesh, Model, MoE, Train
 from moejax.data.batch import Batch
 from moejax.model.sharded import Sharded, on_mesh
-from moejax.parallel import mesh as meshes
-from moejax.parallel import processes
+from moejax.parallel import mesh as meshes, processes
 from moejax.parallel.processes import Group, Unreachable, detect
 from moejax.train import state as states
 from moejax.train.optimizer import make_optimizer

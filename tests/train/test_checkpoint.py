@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from moejax.config import Checkpoint, Config, ConfigError, Data, Mesh, Model, MoE, Optimizer, Train
 from moejax.model.sharded import Sharded

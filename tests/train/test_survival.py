@@ -18,8 +18,7 @@ import pytest
 from moejax import config as configs
 from moejax.model.sharded import Sharded
 from moejax.parallel.mesh import make_mesh
-from moejax.train import archive
-from moejax.train import state as states
+from moejax.train import archive, state as states
 from moejax.train.checkpoint import Checkpoints, flat, folder_of
 from moejax.train.metrics import read_metrics
 from moejax.train.optimizer import make_optimizer
