@@ -90,7 +90,5 @@ def turning(weights: Mapping[str, float], config: Config, context: int, devices:
 
 
 def speculation(acceptance: float, draft: int, cost: float) -> float:
-    """Tokens a step in multiples of plain decoding: `draft` guessed tokens, each accepted with this probability, by a
-    model of relative cost `cost`, where the check costs one step (arXiv 2211.17192, theorem 3.8).
-    """
+    """The gain of `draft` guessed tokens, each of cost `cost` and accepted so likely (arXiv 2211.17192 theorem 3.8)."""
     return sum(acceptance**guess for guess in range(draft + 1)) / (draft * cost + 1)

@@ -231,9 +231,7 @@ def overwritten(eqn: Equation, number: int, homes: dict[Any, frozenset]) -> Any:
 
 
 def reused(body: core.Jaxpr, eqn: Equation) -> list[Any]:
-    """The results of a loop's body or of a branch that lie where the loop or condition has its own.  What a condition
-    inside a loop makes is not written over what is carried, as either branch may read that.
-    """
+    """Results of a loop's body or of a branch that lie where its own do; in loops, none of a condition's are."""
     fresh = {id(v) for each in body.eqns if each.primitive.name == "cond" for v in each.outvars}
     results = body.outvars[:eqn.params.get("num_carry")]
     return results if eqn.name == "cond" else [v for v in results if id(v) not in fresh]

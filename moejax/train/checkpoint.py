@@ -293,9 +293,7 @@ def portions(arrays: dict[str, jax.ShapeDtypeStruct]) -> list[dict[str, jax.Shap
 
 def newest_good(manager: ocp.CheckpointManager, targets: dict[str, jax.ShapeDtypeStruct], say: Callable[[str], None],
                 before: float = math.inf) -> tuple[int, dict[str, Array], dict[str, Any]] | None:
-    """Step, arrays and manifest of the newest checkpoint up to a step that is as it was saved; None if there is none.
-    Raises ConfigError where there are some, and all are damaged; or as `read`.
-    """
+    """Step, arrays and manifest of the newest good one up to a step.  Raises ConfigError: all damaged, or as `read`."""
     steps = sorted((step for step in manager.all_steps() if step <= before), reverse=True)
     for step in steps:
         try:
