@@ -285,8 +285,7 @@ def tensors(entries: Sequence[Entry], sharded: Sharded) -> dict[str, Tensor]:
                 for expert in part["expert"] if "expert" in named else [0]:
                     at = {"layer": row, "expert": expert, "gate": entry.gate}
                     name = entry.there.format(expert=expert, **{inside or "layer": layer})
-                    found[name] = Tensor(entry, weight, part | {
-                        axis: range(at[axis], at[axis] + 1) for axis in named})
+                    found[name] = Tensor(entry, weight, part | {axis: range(at[axis], at[axis] + 1) for axis in named})
     return found
 
 

@@ -86,9 +86,8 @@ def seeing(prefix: str) -> tuple[Entry, ...]:
         Entry(f"{prefix}embeddings.position_embedding.weight", f"{ours}positions", "place embed"),
         *norm(f"{prefix}pre_layrnorm", f"{ours}pre_norm"), *norm(f"{prefix}post_layernorm", f"{ours}post_norm"),
         *norm(f"{block}layer_norm1", "attention_norm"), *norm(f"{block}layer_norm2", "feed_norm"),
-        *attention(f"{block}self_attn.", "out_proj"),
         *both(f"{block}mlp.fc1", "feed.mlp.up", "hidden embed", "hidden", 0),
-        *both(f"{block}mlp.fc2", "feed.mlp.down", "embed hidden"),
+        *attention(f"{block}self_attn.", "out_proj"), *both(f"{block}mlp.fc2", "feed.mlp.down", "embed hidden"),
         Entry(f"{head}probe", f"{ours}pool.probe", "1 1 norm"),
         Entry(f"{head}attention.in_proj_weight", f"{ours}pool.qkv", "(three heads head) embed"),
         Entry(f"{head}attention.in_proj_bias", f"{ours}pool.qkv_bias", "(three heads head)"),
@@ -181,8 +180,7 @@ FAMILIES = {
     "siglip_vision_model": Family("SiglipVisionModel", seeing("vision_model."), reading.siglip),
     "idefics": Family("IdeficsForVisionText2Text", IDEFICS, reading.idefics, {
         "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32}),
-}
+        "num_attention_heads": 32})}
 WHOLE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}  # with a half that reads, which is left out
 
 

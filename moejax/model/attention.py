@@ -39,13 +39,17 @@ class Look:
     cap: float = 0.0  # scores are cap · tanh(score / cap); 0 is off
     sinks: Float[Array, " N"] | None = None
 
-    def probabilities(self, scores: Float[Array, "B K G T S"], behind: Int[Array, "..."]) -> Float[Array, "B K G T S"]:
+    def sees(self, behind: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Args: behind: how many positions each key lies before its query."""
+        return behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
+
+    def probabilities(self, scores: Float[Array, "B K G T S"], seen: Bool[Array, "..."] | None
+                      ) -> Float[Array, "B K G T S"]:
+        """Even where nothing is seen."""
         scores = scores * self.scale
         if self.cap:
             scores = self.cap * jnp.tanh(scores / self.cap)
-        seen = behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = scores if seen is None else jnp.where(seen, scores, -1e30)
         if self.sinks is None:
             return jax.nn.softmax(scores, -1)
         sinks = self.sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
@@ -89,7 +93,7 @@ class Attention(nnx.Module):
         """x looks at all of a context, without order; at itself by default.  What sees nothing gets zeros."""
         x = collectives.enter(x, run.sequence)
         q, k, v = self.project(x, run, x if context is None else collectives.enter(context, False))
-        return leave(whole(q, k, v, seen), self.o, self.o_bias, run, seen)
+        return leave(plain(q, k, v, seen, Look(q.shape[-1]**-0.5)), self.o, self.o_bias, run, seen)
 
     def project(self, x: Float[Array, "B T D"], run: Pass,
                 context: Float[Array, "B S W"] | None = None) -> tuple[Queries, Keys, Keys]:
@@ -174,7 +178,8 @@ def attend(q: Queries, k: Keys, v: Values, positions: Places, look: Look,
     if cache is None:
         return blocked(q, k, v, look), None
     cache = cache.write(k, v, positions)
-    return plain(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), positions, look), cache
+    seen = look.sees(positions[..., None] - jnp.arange(cache.k.shape[1])[None, None])
+    return plain(q, cache.k.astype(q.dtype), cache.v.astype(q.dtype), seen, look), cache
 
 
 def leave(y: Attended, o: Any, bias: Any, run: Pass, seen: Seen = None) -> Stream:
@@ -186,23 +191,12 @@ def leave(y: Attended, o: Any, bias: Any, run: Pass, seen: Seen = None) -> Strea
     return collectives.leave(y, run.sequence)
 
 
-def whole(q: Queries, k: Keys, v: Keys, seen: Seen) -> Queries:
-    """Attention without order; where nothing is seen, a mean that is to be left out."""
-    batch, length, heads, size = q.shape
-    q = q.reshape(batch, length, k.shape[2], -1, size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * size**-0.5
-    scores = scores if seen is None else jnp.where(seen[:, None, None], scores, -1e30)
-    p = jax.nn.softmax(scores, -1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, size)
-
-
-def plain(q: Queries, k: Keys, v: Values, positions: Places, look: Look) -> Attended:
-    """Attention of queries at `positions` to all keys up to them; the slow twin of `blocked`."""
+def plain(q: Queries, k: Keys, v: Values, seen: Seen, look: Look) -> Attended:
+    """Attention to the keys that are seen; the slow twin of `blocked`."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size)
     scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    behind = positions[:, None, None, :, None] - jnp.arange(k.shape[1])[None, None, None, None]
-    p = look.probabilities(scores, behind).astype(v.dtype)
+    p = look.probabilities(scores, None if seen is None else seen[:, None, None]).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", p, v).reshape(batch, length, heads, -1)
 
 
@@ -225,6 +219,7 @@ def one_block(q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float
     rows = q.reshape(batch, kv, group * length, size)
     scores = jnp.einsum("bkrh,bkhs->bkrs", rows, k, preferred_element_type=jnp.float32)
     behind = (jnp.arange(length) + k.shape[-1] - length)[:, None] - jnp.arange(k.shape[-1])[None]
-    p = look.probabilities(scores.reshape(batch, kv, group, length, -1), behind[None, None, None]).astype(v.dtype)
+    seen = look.sees(behind)[None, None, None]
+    p = look.probabilities(scores.reshape(batch, kv, group, length, -1), seen).astype(v.dtype)
     y = jnp.einsum("bkrs,bksh->bkrh", p.reshape(batch, kv, group * length, -1), v)
     return y.reshape(batch, kv, group, length, -1)

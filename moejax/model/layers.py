@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float, Int
 
 from moejax import config as configs
@@ -52,9 +52,30 @@ def normed(x: Float[Array, "... D"], scale: Any, bias: Any, eps: float, center: 
     return plus(y * scale[...].reshape(*[1] * (y.ndim - 1), -1), bias).astype(x.dtype)
 
 
-def clamped_swiglu(h: Float[Array, "... U F"], slope: float, limit: float) -> Float[Array, "... F"]:
+@jax.custom_vjp
+def halves(h: Float[Array, "... 2 F"]) -> tuple[Float[Array, "... F"], Float[Array, "... F"]]:
+    """Gate and up.  Autodiff would add two padded gradients, which XLA on CPU does not vectorise."""
+    return h[..., 0, :], h[..., 1, :]
+
+
+def halves_backward(_: None, grads: tuple[Array, Array]) -> tuple[Array]:
+    gate, up = (grad[..., None, :] for grad in grads)
+    first = lax.broadcasted_iota(jnp.int32, (*gate.shape[:-2], 2, gate.shape[-1]), gate.ndim - 2) == 0
+    return (jnp.where(first, gate, up),)
+
+
+halves.defvjp(lambda h: (halves(h), None), halves_backward)
+
+
+def gated(function: Callable[[Array], Array], h: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
+    gate, up = halves(h)
+    return function(gate) * up
+
+
+def clamped_swiglu(h: Float[Array, "... 2 F"], slope: float, limit: float) -> Float[Array, "... F"]:
     """GPT-OSS's: both halves are clamped, the sigmoid has a slope, and the second half starts at 1."""
-    gate, up = jnp.minimum(h[..., 0, :], limit), jnp.clip(h[..., 1, :], -limit, limit)
+    gate, up = halves(h)
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(gate * slope) * (up + 1)
 
 
@@ -63,8 +84,8 @@ ACTIVATIONS: dict[str, Callable[..., Array]] = {
     "gelu_exact": lambda h: jax.nn.gelu(h[..., 0, :], approximate=False),
     "quick_gelu": lambda h: h[..., 0, :] * jax.nn.sigmoid(1.702 * h[..., 0, :]),  # CLIP's approximation by a sigmoid
     "relu": lambda h: jax.nn.relu(h[..., 0, :]),
-    "geglu": lambda h: jax.nn.gelu(h[..., 0, :], approximate=True) * h[..., 1, :],
-    "swiglu": lambda h: jax.nn.silu(h[..., 0, :]) * h[..., 1, :],  # arXiv 2002.05202
+    "geglu": partial(gated, partial(jax.nn.gelu, approximate=True)),
+    "swiglu": partial(gated, jax.nn.silu),  # arXiv 2002.05202
     "clamped_swiglu": clamped_swiglu}
 
 

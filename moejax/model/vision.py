@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, Num
 
 from moejax import config as configs
-from moejax.model.attention import Attention, leave, whole
+from moejax.model.attention import Attention, Look, leave, plain
 from moejax.model.block import Block, scan_blocks
 from moejax.model.layers import MLP, Norm, Pass, plus
 from moejax.model.weights import Weights, use
@@ -137,7 +137,7 @@ class Pool(nnx.Module):
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         q, k, v = (plus(jnp.einsum("npw,wuh->npuh", y, use(self.qkv, x.dtype)[:, i]), self.qkv_bias[...][i])
                    for i, y in enumerate((probe, x, x)))
-        x = leave(whole(q, k, v, None), self.o, self.o_bias, run)
+        x = leave(plain(q, k, v, None, Look(q.shape[-1]**-0.5)), self.o, self.o_bias, run)
         y = self.mlp(collectives.enter(self.norm(x), False), run)
         return (x + collectives.leave(y, False))[:, 0]
 

@@ -42,8 +42,7 @@ DEVICES = {device.name: device for device in (
     Device("v5e", "TPU v5 lite", 197e12, 197e12, 393e12, 17.2e9, 0.819e12, 200e9, 256, 3.1e9, 1.20, "2025"),
     Device("v5p", "TPU v5", 459e12, 459e12, 918e12, 102e9, 2.765e12, 600e9, 8960, 6.25e9, 4.20, "2025"),
     Device("v6e", "TPU v6 lite", 918e12, 918e12, 1836e12, 34.4e9, 1.64e12, 400e9, 256, 12.5e9, 2.70, "2025"),
-    Device("v7x", "TPU7x", 2307e12, 2307e12, 4614e12, 206e9, 7.38e12, 600e9, 9216, 12.5e9),
-)}
+    Device("v7x", "TPU7x", 2307e12, 2307e12, 4614e12, 206e9, 7.38e12, 600e9, 9216, 12.5e9))}
 
 
 def of_kind(device_kind: str) -> Device | None:

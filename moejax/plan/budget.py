@@ -73,8 +73,7 @@ def spread(config: Config, count: int) -> Config:
 
 def alone(config: Config) -> Config:
     """On one device, a sequence at a time."""
-    return replace(config, mesh=Mesh(), data=replace(config.data, batch=1),
-                   train=replace(config.train, microbatches=1))
+    return replace(config, mesh=Mesh(), data=replace(config.data, batch=1), train=replace(config.train, microbatches=1))
 
 
 def params(sharded: Sharded) -> dict[str, float]:

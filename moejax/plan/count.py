@@ -64,8 +64,7 @@ class Equation(NamedTuple):
 
 def make_program(config: Config, mesh: Mesh | AbstractMesh | None = None) -> tuple[Sharded, Any, tuple[Any, Batch]]:
     """A config's model, its step and the step's arguments as shapes with shardings; the mesh is abstract by default."""
-    mesh = mesh or AbstractMesh(tuple(config.mesh.lengths().values()), AXES,
-                                axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = mesh or AbstractMesh(tuple(config.mesh.lengths().values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sharded = Sharded(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps, states.trained(sharded, sharded.axes))
     place, seen = NamedSharding(mesh, rows(mesh.shape)), config.data.images

@@ -71,8 +71,7 @@ def figures(config: Config) -> list[Figure]:
         Figure("price in davincis (175 B dense)", 3.0, matmuls / 174.6e9, "×",
                "by FLOPs alone; the rest would be lower utilisation, so it cannot be computed from dimensions"),
         *(Figure(f"KV cache of a sequence, {length // 1024}k, {heads} KV head{'s'[heads == 1:]}", None,
-                 length * a_head * heads, "B") for length in (8192, 32768) for heads in (1, config.model.heads)),
-    ]
+                 length * a_head * heads, "B") for length in (8192, 32768) for heads in (1, config.model.heads))]
 
 
 def text(found: list[Figure]) -> str:

@@ -180,9 +180,8 @@ class Judge:
         seats = moe.active * (moe.capacity_factor or 1.0)
         talk = {"tensor": 2 * (mesh.tensor - 1) / mesh.tensor * layer * passes,
                 "expert": (mesh.expert - 1) / mesh.expert * layer * seats * passes * self.moes,
-                "fsdp": (mesh.fsdp - 1) / mesh.fsdp * used * microbatches * 3,
-                "pipeline": 2 * row * (microbatches * mesh.chunks + mesh.parts()) * (mesh.pipeline > 1),
-                "data": swapped}
+                "fsdp": (mesh.fsdp - 1) / mesh.fsdp * used * microbatches * 3, "data": swapped,
+                "pipeline": 2 * row * (microbatches * mesh.chunks + mesh.parts()) * (mesh.pipeline > 1)}
         lengths = mesh.lengths()
         talking = sum(size / speed(axis, lengths, device) for axis, size in talk.items() if size)
         seconds = busy * (1 + bubble / microbatches) + talking

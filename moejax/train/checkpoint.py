@@ -139,9 +139,8 @@ class SaveManifest(ocp.args.CheckpointArgs):
         """The manifest; waits for the checksums of this process's shards."""
         mine = np.sum([np.asarray(shard.data)[:, 0] for shard in self.sums.addressable_shards], 0, dtype=np.uint32)
         data, names = self.config.data, zip(self.kinds.items(), mine, strict=True)
-        return self.position._asdict() | {
-            "processes": jax.process_count(), "tokens": self.position.step * data.batch * data.sequence,
-            "rng": random_kind(self.config), "config": json.loads(to_json(self.config)),
+        return self.position._asdict() | {"processes": jax.process_count(), "rng": random_kind(self.config),
+            "config": json.loads(to_json(self.config)), "tokens": self.position.step * data.batch * data.sequence,
             "arrays": {name: kind | {"checksum": int(one)} for (name, kind), one in names}}
 
 

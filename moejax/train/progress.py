@@ -23,9 +23,8 @@ class Progress:
         self.validation = ""
         self.bar = rich.progress.Progress(
             SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}", markup=False), console=self.console, expand=True,
-            refresh_per_second=4, redirect_stdout=False, get_time=clock, speed_estimate_period=WINDOW,
-            disable=self.plain)
+            TextColumn("{task.fields[figures]}", markup=False), console=self.console, expand=True, refresh_per_second=4,
+            redirect_stdout=False, get_time=clock, speed_estimate_period=WINDOW, disable=self.plain)
         self.task = self.bar.add_task("", total=steps, completed=start, figures="compiling the first step")
 
     def __enter__(self) -> "Progress":

@@ -103,8 +103,7 @@ def layouts(config: Config, devices: int) -> list[tuple[str, Config]]:
         every = (Mesh(**dict(zip(axes, lengths, strict=True)))
                  for lengths in itertools.product(range(2, devices + 1), repeat=len(axes)))
         allowed = (mesh for mesh in every if mesh.devices() <= devices)
-        return max((mesh for mesh in allowed if not check(replace(config, mesh=mesh))),
-                   key=Mesh.devices, default=None)
+        return max((mesh for mesh in allowed if not check(replace(config, mesh=mesh))), key=Mesh.devices, default=None)
 
     for count in (1, 2, 3):
         for axes in itertools.combinations(("data", "fsdp", "pipeline", "expert", "tensor"), count):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 MESH = ["mesh.expert=4", "mesh.tensor=2", "mesh.sequence=true", "mesh.fake_devices=8"]
-CAPACITY = ["model.moe.capacity_factor=1.25", "model.moe.dispatcher=sorted", "train.remat=dots"]
+CAPACITY = ["model.moe.capacity_factor=1.25", "model.moe.dispatcher=sorted"]
 DROP = {"capacity_factor": 1.25, "sparse_matmul": "false"}
 CASES = {  # name: (least ratio, what moejax is told, MaxText's devices and flags, or None for transformers)
     "transformers, dropless, one device": (0.7, [], None),
