@@ -45,7 +45,7 @@ class Look:
 
     def probabilities(self, scores: Float[Array, "B K G T S"], seen: Bool[Array, "..."] | None
                       ) -> Float[Array, "B K G T S"]:
-        """Even where nothing is seen."""
+        """Even shares where nothing is seen; `seen` is None where all is."""
         scores = scores * self.scale
         if self.cap:
             scores = self.cap * jnp.tanh(scores / self.cap)
