@@ -1,5 +1,6 @@
 """Eight fake CPU devices, checked annotations, and no silent promotion of types or ranks in our own arithmetic."""
 
+import gc
 import os
 
 import jax
@@ -13,6 +14,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 assert jax.device_count() == 8  # from now on no config's fake_devices can make it fewer
+
+# Tracing makes and keeps so many objects that looking for cycles as often as usual would take a twelfth of the time.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 # With the numeric tower an int is a float (PEP 484), as in `lr=1`.
 install_import_hook("moejax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

@@ -30,12 +30,8 @@ from moejax.parallel.axes import BATCH
 
 def vary(tree: Any, axes: tuple[str, ...]) -> Any:
     """The same values, typed as differing over `axes`; its transpose is the psum over them."""
-
-    def one(x: Array) -> Array:
-        need = tuple(axis for axis in axes if axis not in varying(x) and lax.axis_size(axis) > 1)
-        return lax.pcast(x, need, to="varying") if need else x
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda x: lax.pcast(x, need, to="varying") if (
+        need := tuple(axis for axis in axes if axis not in varying(x) and lax.axis_size(axis) > 1)) else x, tree)
 
 
 def varying(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
@@ -132,12 +128,8 @@ def after(tree: Any, *others: Any) -> Any:
 
 def reduced(verb: Callable[..., Array], tree: Any, axes: tuple[str, ...]) -> Any:
     """What a verb of lax makes of each value, over those among `axes` on which it varies."""
-
-    def one(x: Array) -> Array:
-        over = tuple(axis for axis in axes if axis in varying(x))
-        return verb(x, over) if over else x
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(
+        lambda x: verb(x, over) if (over := tuple(axis for axis in axes if axis in varying(x))) else x, tree)
 
 
 def total(tree: Any, axes: tuple[str, ...]) -> Any:

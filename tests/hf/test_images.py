@@ -142,7 +142,7 @@ def test_what_a_reader_looks_at(name):
     def device(values, seen):
         return sharded.build(values).see(seen, sharded.run(sequence=False, remat="none")).values
 
-    found = sharded.program(device, (rows,), rows)(model.weights, on_mesh(sharded.mesh, images(expected)))
+    found = jax.jit(sharded.program(device, (rows,), rows))(model.weights, on_mesh(sharded.mesh, images(expected)))
     close(found, expected["image_hidden"])
 
 
@@ -163,7 +163,7 @@ def test_a_reader_layer_by_layer():
         return outs
 
     names = [f"xattn_block_{i}_out" for i in range(2)] + [f"layer_{i}_out" for i in range(4)]
-    found = sharded.program(device, (rows, rows), dict.fromkeys(names, rows))(
+    found = jax.jit(sharded.program(device, (rows, rows), dict.fromkeys(names, rows)))(
         model.weights, *on_mesh(sharded.mesh, (expected["input_ids"], images(expected))))
     for name in names:
         close(found[name], expected[name])

@@ -110,17 +110,21 @@ def test_what_does_not_fit_is_refused_with_the_reasons():
         search.search(load_config(CONFIGS / "gpt4.py", ["data.batch=64", "train.microbatches=1"]), "A100x8")
 
 
+@pytest.fixture(scope="module")
+def judge() -> search.Judge:
+    base = load_config(CONFIGS / "mixtral_8x7b.py", ["data.batch=64", "train.microbatches=8", "train.remat=full",
+                                                     "mesh.fsdp=1", "mesh.expert=1", "mesh.zero1=false"])
+    return search.Judge(base, budget.hardware.DEVICES["H100"], 8)
+
+
 @pytest.mark.parametrize("change", [
     ["mesh.fsdp=8", "mesh.zero1=true"], ["mesh.tensor=8", "mesh.sequence=true"], ["mesh.pipeline=4", "mesh.data=2"],
     ["mesh.expert=4", "mesh.data=2", "mesh.zero1=true"], ["mesh.pipeline=8", "train.remat=none"],
     ["mesh.pipeline=8", "mesh.schedule=zero_bubble"],
     ["mesh.pipeline=4", "mesh.tensor=2", "mesh.sequence=true", "mesh.schedule=interleaved", "mesh.chunks=2"]])
-def test_the_searchs_arithmetic_follows_the_trace(change):
+def test_the_searchs_arithmetic_follows_the_trace(change, judge):
     """It judges by two small traces; what it makes of a layout stays near what the layout's own trace says."""
-    base = load_config(CONFIGS / "mixtral_8x7b.py", ["data.batch=64", "train.microbatches=8", "train.remat=full",
-                                                     "mesh.fsdp=1", "mesh.expert=1", "mesh.zero1=false"])
-    config, _ = override(base, change)
-    judge = search.Judge(base, budget.hardware.DEVICES["H100"], 8)
+    config, _ = override(judge.config, change)
     guess, exact = judge(config.mesh, 8, config.train.remat), budget.plan(config, "H100x8")
     memory = sum(exact["memory"][f"{part}_bytes_per_device"] for part in (
         "weights", "gradients", "optimizer", "activations"))

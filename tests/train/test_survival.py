@@ -44,7 +44,7 @@ def begin(home: Path, run: str, *more: str, processes: int = 1) -> subprocess.Po
              "data.sequence=16", "data.validation=0.3", f"data.sources={home / 'text'}", f"data.cache={home / 'cache'}",
              f"train.steps={STEPS}", "train.eval_every=20", f"checkpoint.every={EVERY}", f"run_dir={home / run}"]
     start = ["-m", "moejax.cli", "train"] if processes == 1 else ["launch/local.py", "-n", str(processes)]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_FLAGS", "JAX_"))}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(home / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return subprocess.Popen([sys.executable, *start, "configs/tiny.py", *words, *more], env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -151,8 +151,10 @@ def test_stages_begin_with_one_another(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "frozen" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["images_skipped"] == 0 and 0 <= records[-1]["input_share"] < 1
 
-    stage(tmp_path, "all", *SEES, f"train.init={tmp_path / 'frozen'}", "mesh.pipeline=2", "mesh.tensor=2",
-          "train.microbatches=2")
+    staged = ("mesh.pipeline=2", "mesh.tensor=2", "train.microbatches=2")
+    found = jax.device_get(beginning(verify.make_sharded(make(*SEES, f"train.init={tmp_path / 'frozen'}", *staged))))
+    assert all(np.array_equal(found[name], frozen[name]) for name in frozen) and found.keys() == frozen.keys()
+    stage(tmp_path, "all", *SEES, f"train.init={tmp_path / 'frozen'}", "mesh.tensor=2")
     assert not np.array_equal(weights(tmp_path / "all")["embedding"], text["embedding"])
     loaded = moejax.load(tmp_path / "frozen", ["model.pattern=M", "model.vision=", "model.cross=", "data.images=0"])
     assert all(np.array_equal(loaded.weights[name], text[name]) for name in text)
