@@ -8,8 +8,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Most of the time of these tests is compilation, which this halves twice (once where the emitters cannot be chosen);
-# the numbers are the same up to rounding.
-FAST = "--xla_backend_optimization_level=0" + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
+# the numbers are the same up to rounding.  A test is one program after another: no program needs all cores.
+FAST = "--xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_llvm_disable_expensive_passes=true") * (jax.__version_info__ < (0, 11))
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
