@@ -242,7 +242,7 @@ class Train:
     microbatches: int = 1
     seed: int = 0
     compute: Literal["bfloat16", "float32"] = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "weights", "dots", "full"] = "none"  # what is made again for the backward pass
     eval_every: int = 100  # steps
     eval_batches: int = 8
     log_every: int = 10  # steps between lines on the terminal

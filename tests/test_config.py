@@ -95,7 +95,7 @@ def test_a_value_is_read_by_its_annotation(text, expected):
     ("model.activation=tanh", "one of gelu, gelu_exact, quick_gelu, relu, swiglu, geglu, clamped_swiglu"),
     ("model.moe.router=hash", "one of topk, sigmoid, sparsemixer, expert_choice"),
     ("optimizer.name=adam", "one of adamw, adafactor, muon"), ("optimizer.name=", "one of adamw, adafactor, muon"),
-    ("train.remat=None", "one of none, full, dots")])
+    ("train.remat=None", "one of none, weights, dots, full")])
 def test_a_value_that_does_not_fit_is_refused_with_what_would(text, kind):
     path, _, given = text.partition("=")
     config, found = changed(text)

@@ -43,19 +43,29 @@ class Look:
         """Args: behind: how many positions each key lies before its query."""
         return behind >= 0 if self.window is None else (behind >= 0) & (behind < self.window)
 
-    def probabilities(self, scores: Float[Array, "B K G T S"], seen: Bool[Array, "..."] | None
-                      ) -> Float[Array, "B K G T S"]:
+    def probabilities(self, scores: Float[Array, "B K *rows S"], seen: Bool[Array, "..."] | None
+                      ) -> Float[Array, "B K *rows S"]:
         """Even shares where nothing is seen; `seen` is None where all is."""
         scores = scores * self.scale
         if self.cap:
             scores = self.cap * jnp.tanh(scores / self.cap)
-        scores = scores if seen is None else jnp.where(seen, scores, -1e30)
+        scores = scores if seen is None else scores + jnp.where(seen, 0.0, -1e30)
         if self.sinks is None:
-            return jax.nn.softmax(scores, -1)
-        sinks = self.sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+            return softmax(scores)
+        sinks = self.sinks.astype(jnp.float32).reshape(1, scores.shape[1], -1, 1)  # 1 K G 1
+        sinks = sinks[..., None] if scores.ndim == 5 else jnp.repeat(sinks, scores.shape[2] // sinks.shape[2], 2)
         peak = lax.stop_gradient(jnp.maximum(jnp.max(scores, -1, keepdims=True), sinks))
         exp = jnp.exp(scores - peak)
         return exp / (jnp.sum(exp, -1, keepdims=True) + jnp.exp(sinks - peak))
+
+
+@jax.custom_jvp
+def softmax(scores: Float[Array, "... S"]) -> Float[Array, "... S"]:
+    """Saves its result alone for the backward pass; jax.nn's saves the exponentials too."""
+    return jax.nn.softmax(scores, -1)
+
+
+softmax.defjvps(lambda change, p, scores: p * (change - jnp.sum(p * change, -1, keepdims=True)))
 
 
 class Attention(nnx.Module):
@@ -206,9 +216,13 @@ def blocked(q: Queries, k: Keys, v: Values, look: Look) -> Attended:
     q = q.reshape(batch, length, k.shape[2], -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # B K H T and B K T J
     step, done = max(-(-length // BLOCKS), SMALLEST), []
-    for a in range(0, length, step):
-        begin = 0 if look.window is None else max(a - look.window + 1, 0)
-        done.append(one_block(q[:, :, :, a:a + step], k[..., begin:a + step], v[:, :, begin:a + step], look))
+    cuts = list(range(step, length, step))  # no slices: their gradients would be padded, and slow to add up on CPUs
+    qs, ks, vs = jnp.split(q, cuts, 3), jnp.split(k, cuts, 3), jnp.split(v, cuts, 2)
+    for i, rows in enumerate(qs):
+        begin = 0 if look.window is None else max(i * step - look.window + 1, 0)
+        seen, off = slice(begin // step, i + 1), begin % step
+        done.append(one_block(rows, jnp.concatenate(ks[seen], 3)[..., off:], jnp.concatenate(vs[seen], 2)[:, :, off:],
+                              look))
     return jnp.concatenate(done, 3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
@@ -216,10 +230,7 @@ def one_block(q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float
               look: Look) -> Float[Array, "B K G t J"]:
     """Queries that end where the keys end."""
     batch, kv, group, length, size = q.shape
-    rows = q.reshape(batch, kv, group * length, size)
-    scores = jnp.einsum("bkrh,bkhs->bkrs", rows, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkrh,bkhs->bkrs", q.reshape(batch, kv, -1, size), k, preferred_element_type=jnp.float32)
     behind = (jnp.arange(length) + k.shape[-1] - length)[:, None] - jnp.arange(k.shape[-1])[None]
-    seen = look.sees(behind)[None, None, None]
-    p = look.probabilities(scores.reshape(batch, kv, group, length, -1), seen).astype(v.dtype)
-    y = jnp.einsum("bkrs,bksh->bkrh", p.reshape(batch, kv, group * length, -1), v)
-    return y.reshape(batch, kv, group, length, -1)
+    p = look.probabilities(scores, jnp.tile(look.sees(behind), (group, 1))[None, None]).astype(v.dtype)
+    return jnp.einsum("bkrs,bksh->bkrh", p, v).reshape(batch, kv, group, length, -1)

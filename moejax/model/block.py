@@ -70,7 +70,7 @@ def scan_blocks(blocks: list[Any], x: Stream, positions: Places | None, run: Pas
 
 
 def remat(body: Any, policy: str) -> Any:
-    """By what the backward pass finds saved: `none` is everything, `full` only the layer's input."""
+    """By what the backward pass makes again: at `none` what is quick (`lean`), at `full` all but the layer's input."""
     policies = {"weights": jax.checkpoint_policies.save_anything_except_these_names("weight"),  # as made for use
                 "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     return body if policy == "none" else jax.checkpoint(body, policy=policies[policy], prevent_cse=False)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from moejax.model.layers import lean
 from moejax.model.router import Routing
 from moejax.parallel import collectives
 
@@ -35,7 +36,7 @@ class Experts(NamedTuple):
         h = jnp.einsum("ecd,edf->ecf", x, self.up.reshape(*self.up.shape[:2], -1))
         h = h.reshape(*h.shape[:2], *self.up.shape[2:])
         h = h if self.biases is None else h + self.biases[0][:, None]
-        y = jnp.einsum("ecf,efd->ecd", self.activation(h), self.down)
+        y = lean(lambda h: jnp.einsum("ecf,efd->ecd", self.activation(h), self.down))(h)
         return y if self.biases is None else y + self.biases[1][:, None]
 
     def at_capacity(self, buffers: Float[Array, "E C D"]) -> Float[Array, "E C D"]:

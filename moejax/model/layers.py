@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Int
 
 from moejax import config as configs
@@ -17,6 +17,9 @@ from moejax.parallel import collectives
 
 Stream = Float[Array, "B t D"]  # between the parts of a layer
 Places = Int[Array, "B T"]  # positions of tokens in their sequence
+
+
+lean = partial(jax.checkpoint, prevent_cse=False)  # for what is quicker made again than kept for the backward pass
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Norm(nnx.Module):
         self.eps, self.center = model.norm_eps, model.norm == "layernorm"
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return normed(x, self.scale, self.bias, self.eps, self.center)
+        return lean(lambda x: normed(x, self.scale, self.bias, self.eps, self.center))(x)
 
 
 def normed(x: Float[Array, "... D"], scale: Any, bias: Any, eps: float, center: bool) -> Float[Array, "... D"]:
@@ -52,19 +55,9 @@ def normed(x: Float[Array, "... D"], scale: Any, bias: Any, eps: float, center: 
     return plus(y * scale[...].reshape(*[1] * (y.ndim - 1), -1), bias).astype(x.dtype)
 
 
-@jax.custom_vjp
-def halves(h: Float[Array, "... 2 F"]) -> tuple[Float[Array, "... F"], Float[Array, "... F"]]:
-    """Gate and up.  Autodiff would add two padded gradients, which XLA on CPU does not vectorise."""
-    return h[..., 0, :], h[..., 1, :]
-
-
-def halves_backward(_: None, grads: tuple[Array, Array]) -> tuple[Array]:
-    gate, up = (grad[..., None, :] for grad in grads)
-    first = lax.broadcasted_iota(jnp.int32, (*gate.shape[:-2], 2, gate.shape[-1]), gate.ndim - 2) == 0
-    return (jnp.where(first, gate, up),)
-
-
-halves.defvjp(lambda h: (halves(h), None), halves_backward)
+def halves(h: Float[Array, "... 2 F"]) -> list[Float[Array, "... F"]]:
+    """Gate and up.  Their gradients are put side by side; those of slices would be padded and added."""
+    return [part[..., 0, :] for part in jnp.split(h, 2, -2)]
 
 
 def gated(function: Callable[[Array], Array], h: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
@@ -107,7 +100,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], run: Pass) -> Float[Array, "B T D"]:
         h = plus(jnp.einsum("btd,duf->btuf", x, use(self.up, run.dtype)), self.up_bias)
-        y = jnp.einsum("btf,fd->btd", self.activation(h), use(self.down, run.dtype))
+        y = lean(lambda h, down: jnp.einsum("btf,fd->btd", self.activation(h), down))(h, use(self.down, run.dtype))
         return y if self.down_bias is None else y + collectives.once(self.down_bias[...].astype(y.dtype))[None, None]
 
 

@@ -17,7 +17,7 @@ def rotary(x: Float[Array, "B T N H"], positions: Places, model: configs.Model) 
     frequency, factor = frequencies(model, 2 * half, positions)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     sin, cos = jnp.sin(angle) * factor, jnp.cos(angle) * factor
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 

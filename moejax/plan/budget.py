@@ -14,7 +14,7 @@ from moejax.plan import cost
 from moejax.plan.count import flops_of, make_program, shard_bytes, trace
 from moejax.train import state as states
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", "weights", "dots", "full")
 
 
 def plan(config: Config, on: str = "", tokens: float | None = None, mfu: float | None = None) -> dict[str, Any]:

@@ -29,6 +29,7 @@ KINDS = {"all-reduce": "all_reduce", "reduce-scatter": "reduce_scatter", "all-ga
          "all-to-all": "all_to_all", "collective-permute": "permute"}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
          "u64": 8, "f64": 8}
+LEAST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}  # keeps as little as accelerators' compilers
 LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 
 
@@ -55,7 +56,7 @@ def compile_step(config: Config, devices: int = 0, topology: str = "") -> dict[s
     _, step, args = make_program(config, meshes.make_mesh(config.mesh, found))
     begin = time.perf_counter()
     try:
-        compiled = step.lower(*args).compile()
+        compiled = step.lower(*args).compile(None if topology else LEAST)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

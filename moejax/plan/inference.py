@@ -63,9 +63,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
         trade.plot([row["dense_seconds"] * 1e3 for row in mine],
                    [row["dense_tokens_per_s"] / row["devices"] for row in mine], "--", color="#d9480f",
                    label=f"{devices}, dense")
-        trade.set(xscale="log", yscale="log", xlabel="milliseconds a token of a sequence",
-                  ylabel="tokens a second and device",
-                  title=f"Decoding at {found['context']:,} tokens; a dot per batch")
+        trade.set(xscale="log", yscale="log", xlabel="milliseconds a token of a sequence", ylabel="tokens a second and "
+                  "device", title=f"Decoding at {found['context']:,} tokens; a dot per batch")
         experts.plot(BATCHES, [row["experts"] for row in mine], "o-", color="#2563eb", label="expected")
         experts.plot(BATCHES, [row["worst_experts"] for row in mine], "--", color="#d9480f", label="worst")
         experts.set(xscale="log", xlabel="sequences in a batch", title="Experts of a layer that a step reads",

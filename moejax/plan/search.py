@@ -116,19 +116,20 @@ class Judge:
     def __init__(self, config: Config, device: Device, count: int):
         self.config, self.device, self.count = config, device, count
         alone, model, tokens = budget.alone(config), config.model, config.data.sequence
-        alone = replace(alone, train=replace(alone.train, remat="none"))
         sharded, _, (state, _) = make_program(alone)
         self.kinds = kinds(sharded)
         self.bytes = 2 if config.train.compute == "bfloat16" else 4
         self.moments = budget.memory_of(sharded, state)["optimizer_bytes_per_device"] / sum(
             size for size, _ in self.kinds.values())
-        counted, kept = self.kept(alone)
         # Of what a token leaves in a layer for the backward pass, `split` is shared out over `tensor`.
-        halves = [replace(alone, mesh=Mesh(tensor=some, sequence=tokens % some == 0))
-                  for some in divisors(model.heads)[1:]]
-        half = next((each for each in halves if not check(each)), None)
-        self.split = (kept - self.kept(half)[1]) / (1 - 1 / half.mesh.tensor) if half else 0.0
-        self.kept_whole = kept - self.split
+        halves = [Mesh(tensor=some, sequence=tokens % some == 0) for some in divisors(model.heads)[1:]]
+        half = next((mesh for mesh in halves if not check(replace(alone, mesh=mesh))), None)
+        self.left = {}  # the rest, and that: where all but weights waits in a pipeline's buffers, and elsewhere
+        for piped, remat in ((True, "weights"), (False, "none")):
+            told = replace(alone, train=replace(alone.train, remat=remat))
+            counted, kept = self.kept(told)
+            less = (kept - self.kept(replace(told, mesh=half))[1]) / (1 - 1 / half.tensor) if half else 0.0
+            self.left[piped] = kept - less, less
         flops, head = flops_of(counted.dots), 2 * model.vocab * model.d_model * tokens
         self.flops = {"none": flops * config.data.batch, "full": (flops * 4 / 3 - head) * config.data.batch}
         self.useful = 3 * sharded.flops_per_token() * config.data.batch * tokens
@@ -162,14 +163,15 @@ class Judge:
         layer = tokens * model.d_model * self.bytes
         row = layer / (mesh.tensor if mesh.sequence else 1)
         layers = math.ceil(model.layers / mesh.parts())  # of a part, at most
-        work = tokens * (self.kept_whole + self.split / mesh.tensor)  # of a layer, all saved
+        whole, split = self.left[mesh.pipeline > 1 and remat == "none"]
+        work = tokens * (whole + split / mesh.tensor)  # of a layer, all saved
         part = layers * work + used / mesh.chunks * (self.bytes == 2 or mesh.fsdp > 1)  # float32 weights are no copies
         if mesh.pipeline > 1:
             waiting = min(2 * mesh.parts() - 1, microbatches * mesh.chunks)
             kept = part * (waiting + 2) if remat == "none" else row * waiting + part + work
             kept += gradients / mesh.chunks  # those of a tick, beside their sum
             if mesh.schedule == "zero_bubble":  # what weight gradients wait for: what goes into matmuls, and out again
-                kept += mesh.pipeline * layers * tokens * (2 * self.kept_whole + self.split / 3 / mesh.tensor)
+                kept += mesh.pipeline * layers * tokens * (whole + split / 3 / mesh.tensor)
         else:
             kept = part if remat == "none" else row * layers + part / layers
         # Seconds
@@ -178,12 +180,11 @@ class Judge:
         busy = self.flops[remat] / (self.count * peak) * layers * mesh.parts() / model.layers
         passes = (4 if remat == "none" else 6) * microbatches * model.layers / mesh.pipeline
         seats = moe.active * (moe.capacity_factor or 1.0)
-        talk = {"tensor": 2 * (mesh.tensor - 1) / mesh.tensor * layer * passes,
+        talk = {"tensor": 2 * (mesh.tensor - 1) / mesh.tensor * layer * passes, "data": swapped,
                 "expert": (mesh.expert - 1) / mesh.expert * layer * seats * passes * self.moes,
-                "fsdp": (mesh.fsdp - 1) / mesh.fsdp * used * microbatches * 3, "data": swapped,
+                "fsdp": (mesh.fsdp - 1) / mesh.fsdp * used * microbatches * 3,
                 "pipeline": 2 * row * (microbatches * mesh.chunks + mesh.parts()) * (mesh.pipeline > 1)}
-        lengths = mesh.lengths()
-        talking = sum(size / speed(axis, lengths, device) for axis, size in talk.items() if size)
+        talking = sum(size / speed(axis, mesh.lengths(), device) for axis, size in talk.items() if size)
         seconds = busy * (1 + bubble / microbatches) + talking
         return Layout(seconds, state + gradients + kept, self.useful / (self.count * peak * seconds),
                       bubble / (microbatches + bubble), mesh, microbatches, remat)

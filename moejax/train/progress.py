@@ -22,9 +22,9 @@ class Progress:
         self.plain = not self.console.is_terminal or self.console.is_dumb_terminal
         self.validation = ""
         self.bar = rich.progress.Progress(
-            SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}", markup=False), console=self.console, expand=True, refresh_per_second=4,
-            redirect_stdout=False, get_time=clock, speed_estimate_period=WINDOW, disable=self.plain)
+            SpinnerColumn(), TextColumn("step {task.completed}/{task.total}"), BarColumn(None),
+            TextColumn("{task.fields[figures]}", markup=False), console=self.console, expand=True, get_time=clock,
+            refresh_per_second=4, redirect_stdout=False, speed_estimate_period=WINDOW, disable=self.plain)
         self.task = self.bar.add_task("", total=steps, completed=start, figures="compiling the first step")
 
     def __enter__(self) -> "Progress":

@@ -96,13 +96,12 @@ def pipelined(sharded: Sharded, schedule: Schedule, moving: dict[str, Array], fi
     run, count = sharded.run(training=True, key=key), schedule.microbatches
     spread, back = jax.vjp(lambda moving: spread_out(sharded, moving, fixed, batch, run, count), moving)
     # What F saves waits in buffers, so not the weights; where it saves nothing, B does the part again as a whole.
-    run = replace(run, remat={"none": "weights", "dots": "dots", "full": "none"}[run.remat])
+    run = replace(run, remat={"none": "weights", "full": "none"}.get(run.remat, run.remat))
     parts = stage_parts(sharded.stages, spread, sharded.stages.spread(fixed), split(batch, count), run,
                         lambda found: router_cost(found and found[1], share, sharded), lambda loss, _: loss / tokens)
     *gradients, loss, figures = pipeline.gradients(schedule, parts, *spread, save=sharded.config.train.remat != "full")
-    return back(tuple(gradients))[0], Figures(
-        loss, jnp.sum(figures.balance), jnp.sum(figures.z), sharded.stages.of_layers(figures.load),
-        sharded.stages.of_layers(figures.dropped))
+    load, dropped = (sharded.stages.of_layers(each) for each in (figures.load, figures.dropped))
+    return back(tuple(gradients))[0], Figures(loss, jnp.sum(figures.balance), jnp.sum(figures.z), load, dropped)
 
 
 def spread_out(sharded: Sharded, moving: dict[str, Array], fixed: dict[str, Array], batch: Batch, run: Pass,

@@ -126,7 +126,7 @@ def test_remat_changes_the_work_and_not_the_gradients(numbers):
     """What is computed again in the backward pass shows in the number of matmuls."""
     sharded, values = make(TINY, numbers=numbers)
     found, matmuls = {}, {}
-    for policy in ("none", "dots", "full"):
+    for policy in ("none", "weights", "dots", "full"):
         def cost(values, tokens, policy=policy):
             output, _ = sharded.build(values)(tokens, sharded.run(remat=policy))
             return jnp.sum(jnp.sin(output.hidden * 3)) + jnp.sum(output.losses.balance)
@@ -135,7 +135,7 @@ def test_remat_changes_the_work_and_not_the_gradients(numbers):
         found[policy] = jax.device_get(gradient(values, TOKENS))
         matmuls[policy] = gradient.lower(values, TOKENS).as_text().count("stablehlo.dot_general")
     assert matmuls["none"] < matmuls["dots"] < matmuls["full"]
-    for policy in ("dots", "full"):
+    for policy in ("weights", "dots", "full"):
         for name, want in found["none"].items():
             difference = np.linalg.norm(found[policy][name] - want)
             assert difference <= 1e-5 * np.linalg.norm(want), name  # fused otherwise: a few units in the last place
