@@ -18,7 +18,6 @@ from moejax.parallel import collectives
 Stream = Float[Array, "B t D"]  # between the parts of a layer
 Places = Int[Array, "B T"]  # positions of tokens in their sequence
 
-
 lean = partial(jax.checkpoint, prevent_cse=False)  # for what is quicker made again than kept for the backward pass
 
 

@@ -134,7 +134,7 @@ def test_remat_changes_the_work_and_not_the_gradients(numbers):
         gradient = jax.jit(jax.grad(sharded.program(cost, (P(),), P()), allow_int=False))
         found[policy] = jax.device_get(gradient(values, TOKENS))
         matmuls[policy] = gradient.lower(values, TOKENS).as_text().count("stablehlo.dot_general")
-    assert matmuls["none"] < matmuls["dots"] < matmuls["full"]
+    assert matmuls["weights"] == matmuls["none"] < matmuls["dots"] < matmuls["full"]
     for policy in ("weights", "dots", "full"):
         for name, want in found["none"].items():
             difference = np.linalg.norm(found[policy][name] - want)
