@@ -214,23 +214,23 @@ def blocked(q: Queries, k: Keys, v: Values, look: Look) -> Attended:
     """Causal attention, (group, time) the rows of a matmul per KV head; blocks of queries skip keys they cannot see."""
     batch, length, heads, size = q.shape
     q = q.reshape(batch, length, k.shape[2], -1, size).transpose(0, 2, 3, 1, 4)  # B K G T H
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # B K H T and B K T J
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)  # B K H T and B K J T
     step, done = max(-(-length // BLOCKS), SMALLEST), []
     cuts = list(range(step, length, step))  # no slices: their gradients would be padded, and slow to add up on CPUs
-    qs, ks, vs = jnp.split(q, cuts, 3), jnp.split(k, cuts, 3), jnp.split(v, cuts, 2)
+    qs, ks, vs = jnp.split(q, cuts, 3), jnp.split(k, cuts, 3), jnp.split(v, cuts, 3)
     for i, rows in enumerate(qs):
         begin = 0 if look.window is None else max(i * step - look.window + 1, 0)
         seen, off = slice(begin // step, i + 1), begin % step
-        done.append(one_block(rows, jnp.concatenate(ks[seen], 3)[..., off:], jnp.concatenate(vs[seen], 2)[:, :, off:],
+        done.append(one_block(rows, jnp.concatenate(ks[seen], 3)[..., off:], jnp.concatenate(vs[seen], 3)[..., off:],
                               look))
     return jnp.concatenate(done, 3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
-def one_block(q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float[Array, "B K s J"],
+def one_block(q: Float[Array, "B K G t H"], k: Float[Array, "B K H s"], v: Float[Array, "B K J s"],
               look: Look) -> Float[Array, "B K G t J"]:
     """Queries that end where the keys end."""
     batch, kv, group, length, size = q.shape
     scores = jnp.einsum("bkrh,bkhs->bkrs", q.reshape(batch, kv, -1, size), k, preferred_element_type=jnp.float32)
     behind = (jnp.arange(length) + k.shape[-1] - length)[:, None] - jnp.arange(k.shape[-1])[None]
     p = look.probabilities(scores, jnp.tile(look.sees(behind), (group, 1))[None, None]).astype(v.dtype)
-    return jnp.einsum("bkrs,bksh->bkrh", p, v).reshape(batch, kv, group, length, -1)
+    return jnp.einsum("bkrs,bkhs->bkrh", p, v).reshape(batch, kv, group, length, -1)

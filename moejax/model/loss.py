@@ -75,10 +75,11 @@ def one_chunk(hidden: Array, weight: Array, targets: Array, weights: Array, cap:
     logits = jnp.einsum("nd,dv->nv", hidden, weight, preferred_element_type=jnp.float32)
     logits = cap * jnp.tanh(logits / cap) if cap else logits
     local = targets - collectives.index("tensor") * weight.shape[1]
-    hit = jax.nn.one_hot(local, weight.shape[1], dtype=bool)
+    hit, inside = jax.nn.one_hot(local, weight.shape[1], dtype=bool), (local >= 0) & (local < weight.shape[1])
+    mine = jnp.take_along_axis(logits, jnp.where(inside, local, 0)[:, None], 1)[:, 0]  # a sum of hits writes them out
     peak = collectives.highest(jnp.max(logits, -1))
     exp = jnp.exp(logits - peak[:, None])
-    total, mine = collectives.total((jnp.sum(exp, -1), jnp.sum(jnp.where(hit, logits, 0), -1)), ("tensor",))
+    total, mine = collectives.total((jnp.sum(exp, -1), jnp.where(inside, mine, 0)), ("tensor",))
     loss = jnp.sum(weights * (jnp.log(total) + peak - mine)) / lax.axis_size("tensor")
     error = (exp / total[:, None] - hit.astype(exp.dtype)) * weights[:, None]
     error = error * (1 - jnp.square(logits / cap)) if cap else error

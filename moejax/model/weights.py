@@ -76,7 +76,8 @@ def use(weight: Any, dtype: Any) -> Array:
     dims = [name for name in rules.names(weight.axes) if name != "layer"]
     value = weight[...].astype(dtype)
     value = collectives.gather(value, dims.index("embed")) if "embed" in dims else value
-    return checkpoint_name(value, "weight")
+    # A name makes a new value of it, which a loop over layers would keep beside the weight itself.
+    return value if value is weight[...] else checkpoint_name(value, "weight")
 
 
 def flatten(module: nnx.Module) -> dict[str, Any]:
