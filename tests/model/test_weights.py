@@ -134,6 +134,13 @@ def placed(model: configs.Model, **lengths: int) -> tuple[dict[str, P], dict[str
     return specs, held
 
 
+@pytest.mark.parametrize("dtype, named", [(jnp.float32, 0), (jnp.bfloat16, 1)])
+def test_only_a_weight_that_was_made_for_use_has_a_name(dtype, named: int):
+    """A name makes a new value, of which a loop over layers keeps a second copy for its backward pass."""
+    jaxpr = jax.make_jaxpr(lambda x: weights.use(nnx.Param(x, axes="vocab norm"), dtype))(jnp.ones((3, 5)))
+    assert [eqn.primitive.name for eqn in jaxpr.jaxpr.eqns].count("name") == named
+
+
 def test_every_weight_of_a_mixed_model_on_a_mesh_of_primes():
     specs, held = placed(configs.dataclasses.replace(MODEL, hidden=33, vocab=39, moe=configs.MoE(
         experts=5, hidden=21, shared=21)), fsdp=2, expert=5, tensor=3, data=7)
