@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from moejax.model.layers import lean
+from moejax.model.layers import columns, lean
 from moejax.model.router import Routing
 from moejax.parallel import collectives
 
@@ -29,14 +29,14 @@ class Experts(NamedTuple):
 
     up: Float[Array, "E D U F"]
     down: Float[Array, "E F D"]
-    activation: Callable[[Array], Array]  # of ACTIVATIONS
+    activation: Callable[..., Array]  # of ACTIVATIONS
     biases: Biases = None
 
     def __call__(self, x: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
         h = jnp.einsum("ecd,edf->ecf", x, self.up.reshape(*self.up.shape[:2], -1))
         h = h.reshape(*h.shape[:2], *self.up.shape[2:])
         h = h if self.biases is None else h + self.biases[0][:, None]
-        y = lean(lambda h: jnp.einsum("ecf,efd->ecd", self.activation(h), self.down))(h)
+        y = lean(lambda *h: jnp.einsum("ecf,efd->ecd", self.activation(*h), self.down))(*columns(h))
         return y if self.biases is None else y + self.biases[1][:, None]
 
     def at_capacity(self, buffers: Float[Array, "E C D"]) -> Float[Array, "E C D"]:
@@ -186,7 +186,7 @@ def blocks_forward(x: Array, up: Array, down: Array, biases: Any, begins: Array,
             h, y = carry
             wide = lax.dynamic_slice_in_dim(x, at, size) @ up.reshape(up.shape[0], -1)
             wide = wide if biases is None else wide + biases[0].reshape(1, -1)
-            narrow = activation(wide.reshape(size, *gates)) @ down
+            narrow = activation(*columns(wide.reshape(size, *gates))) @ down
             narrow = narrow if biases is None else narrow + biases[1][None]
             return lax.dynamic_update_slice_in_dim(h, wide, at, 0), lax.dynamic_update_slice_in_dim(y, narrow, at, 0)
 
@@ -209,7 +209,7 @@ def blocks_backward(activation: Any, saved: Any, grad: Array) -> tuple[Any, ...]
             mine = (at + jnp.arange(size) < end)[:, None]
             dy = jnp.where(mine, lax.dynamic_slice_in_dim(grad, at, size), 0)
             wide = lax.dynamic_slice_in_dim(h, at, size).reshape(size, *up.shape[1:])
-            a, back = jax.vjp(activation, wide)
+            a, back = jax.vjp(lambda wide: activation(*columns(wide)), wide)
             dh = back(dy @ down.T)[0].reshape(size, -1)
             if biases is not None:
                 d_biases = (d_biases[0] + jnp.sum(dh, 0).reshape(biases[0].shape), d_biases[1] + jnp.sum(dy, 0))

@@ -54,36 +54,34 @@ def normed(x: Float[Array, "... D"], scale: Any, bias: Any, eps: float, center: 
     return plus(y * scale[...].reshape(*[1] * (y.ndim - 1), -1), bias).astype(x.dtype)
 
 
-def halves(h: Float[Array, "... 2 F"]) -> list[Float[Array, "... F"]]:
-    """Gate and up.  Their gradients are put side by side; those of slices would be padded and added."""
-    return [part[..., 0, :] for part in jnp.split(h, 2, -2)]
+def columns(h: Float[Array, "... U F"]) -> list[Float[Array, "... F"]]:
+    """Gate and up, or up alone.  Their gradients are put side by side; those of slices would be padded and added."""
+    return [part[..., 0, :] for part in jnp.split(h, h.shape[-2], -2)]
 
 
-def gated(function: Callable[[Array], Array], h: Float[Array, "... 2 F"]) -> Float[Array, "... F"]:
-    gate, up = halves(h)
+def gated(function: Callable[[Array], Array], gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Array:
     return function(gate) * up
 
 
-def clamped_swiglu(h: Float[Array, "... 2 F"], slope: float, limit: float) -> Float[Array, "... F"]:
+def clamped_swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"], slope: float, limit: float) -> Array:
     """GPT-OSS's: both halves are clamped, the sigmoid has a slope, and the second half starts at 1."""
-    gate, up = halves(h)
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(gate * slope) * (up + 1)
 
 
-ACTIVATIONS: dict[str, Callable[..., Array]] = {
-    "gelu": lambda h: jax.nn.gelu(h[..., 0, :], approximate=True),
-    "gelu_exact": lambda h: jax.nn.gelu(h[..., 0, :], approximate=False),
-    "quick_gelu": lambda h: h[..., 0, :] * jax.nn.sigmoid(1.702 * h[..., 0, :]),  # CLIP's approximation by a sigmoid
-    "relu": lambda h: jax.nn.relu(h[..., 0, :]),
+ACTIVATIONS: dict[str, Callable[..., Array]] = {  # of columns
+    "gelu": partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda h: h * jax.nn.sigmoid(1.702 * h),  # CLIP's approximation by a sigmoid
+    "relu": jax.nn.relu,
     "geglu": partial(gated, partial(jax.nn.gelu, approximate=True)),
     "swiglu": partial(gated, jax.nn.silu),  # arXiv 2002.05202
     "clamped_swiglu": clamped_swiglu}
 
 
 @cache
-def activation(model: configs.Model) -> Callable[[Array], Array]:
-    """[… U F] -> [… F], equal for equal models."""
+def activation(model: configs.Model) -> Callable[..., Array]:
+    """Of columns, equal for equal models."""
     function = ACTIVATIONS[model.activation]
     return partial(function, slope=model.clamp[0], limit=model.clamp[1]) if function is clamped_swiglu else function
 
@@ -99,7 +97,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], run: Pass) -> Float[Array, "B T D"]:
         h = plus(jnp.einsum("btd,duf->btuf", x, use(self.up, run.dtype)), self.up_bias)
-        y = lean(lambda h, down: jnp.einsum("btf,fd->btd", self.activation(h), down))(h, use(self.down, run.dtype))
+        act = lean(lambda down, *h: jnp.einsum("btf,fd->btd", self.activation(*h), down))
+        y = act(use(self.down, run.dtype), *columns(h))
         return y if self.down_bias is None else y + collectives.once(self.down_bias[...].astype(y.dtype))[None, None]
 
 

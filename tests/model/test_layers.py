@@ -72,7 +72,7 @@ def tanh_gelu(x):
 ])
 def test_activations(name: str, formula):
     gates = np.random.default_rng(0).normal(size=(5, 1 if name == "gelu" else 2, 7)) * 3
-    close(ACTIVATIONS[name](jnp.asarray(gates, jnp.float32)), formula(gates))
+    close(ACTIVATIONS[name](*layers.columns(jnp.asarray(gates, jnp.float32))), formula(gates))
 
 
 def test_clamped_swiglu_by_hand():
@@ -80,7 +80,7 @@ def test_clamped_swiglu_by_hand():
     function = layers.activation(configs.Model(activation="clamped_swiglu", clamp=(2.0, 3.0)))
     gate = np.array([1, 3, 3.5, -3, -50, 0, 1, 1, 1, 9], np.float32)
     up = np.array([.5, .5, .5, .5, .5, 7, 3, 3.5, -3.5, -9], np.float32)
-    y = function(jnp.asarray(np.stack([gate, up])))
+    y = function(jnp.asarray(gate), jnp.asarray(up))
 
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
@@ -88,7 +88,7 @@ def test_clamped_swiglu_by_hand():
     close(y, [sigmoid(2) * 1.5, 3 * sigmoid(6) * 1.5, 3 * sigmoid(6) * 1.5,  # a gate beyond 3 is 3,
               -3 * sigmoid(-6) * 1.5, 0, 0,  # one far below stays and vanishes
               sigmoid(2) * 4, sigmoid(2) * 4, -sigmoid(2) * 2, -3 * sigmoid(6) * 2])
-    slopes = jax.grad(lambda h: jnp.sum(function(h)))(jnp.asarray(np.stack([gate, up])))
+    slopes = jax.grad(lambda h: jnp.sum(function(*layers.columns(h))))(jnp.asarray(np.stack([gate, up])))
     assert not np.any(np.asarray(slopes[0])[gate > 3]) and not np.any(np.asarray(slopes[1])[np.abs(up) > 3])
     # d/dgate of gate × sigmoid(2 gate) × 1.5 at 1: (sigmoid + 2 sigmoid (1 - sigmoid)) × 1.5
     close(slopes[0, 0], 1.5 * (sigmoid(2) + 2 * sigmoid(2) * sigmoid(-2)))
