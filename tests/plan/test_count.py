@@ -12,8 +12,6 @@ from moejax.plan.compile import compile_step
 BASE = Config(model=Model(layers=4, d_model=64, heads=8, head_dim=16, hidden=192, vocab=264,
                           moe=MoE(experts=4, hidden=96, group=64)),
               data=Data(sequence=128, batch=32), train=Train(microbatches=1))
-# What XLA does on a CPU alone, it does to the others: with the weights of one device beside few activations it copies
-# the optimizer's moments before it writes over them.
 LAYOUTS = {
     "one device": [], "dense": ["model.pattern=D"], "both": ["model.pattern=DM", "mesh.data=2"],
     "fsdp": ["mesh.fsdp=8"], "tensor": ["mesh.tensor=4", "mesh.data=2"], "expert": ["mesh.expert=4", "mesh.data=2"],
