@@ -18,6 +18,7 @@ from moejax.data.batch import Batch
 from moejax.model import transformer
 from moejax.model.sharded import Sharded, on_mesh
 from moejax.parallel.mesh import make_mesh
+from moejax.plan.count import make_program
 from moejax.train.fault import Health
 from moejax.train.optimizer import make_optimizer
 from moejax.train.state import State, shardings, trained
@@ -192,6 +193,13 @@ def clipped(reference, weights, clip: float) -> tuple[dict, dict]:
     sharded = on(ONE, optimizer=replace(CONFIG.optimizer, clip=clip))
     state, figures = jax.jit(make_update(sharded, optimizer_of(sharded.config)))(start(sharded, weights), *reference[0])
     return moments(state), figures
+
+
+def test_moments_are_updated_in_place():
+    """Else the compiler for CPUs copies each before it writes over it."""
+    _, step, args = make_program(CONFIG, make_mesh(ONE, jax.devices()[:1]))
+    text = step.lower(*args).compile().as_text()
+    assert "%state_optimizer" in text and "copy(%state_optimizer" not in text
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.125, 1e6])
