@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from timing import alternate
 
 from moejax import config as configs
-from moejax.model.layers import ACTIVATIONS, Pass
+from moejax.model.layers import ACTIVATIONS, Pass, columns
 from moejax.model.sharded import Sharded
 from moejax.parallel.mesh import make_mesh
 
@@ -49,7 +49,7 @@ def dense(rows: int, activation: bool):
 
     def run(x, up, down, out):
         h = jnp.einsum("ecd,edf->ecf", x, up)
-        h = ACTIVATIONS["swiglu"](h.reshape(*h.shape[:2], 2, HIDDEN)) if activation else h[..., :HIDDEN]
+        h = ACTIVATIONS["swiglu"](*columns(h.reshape(*h.shape[:2], 2, HIDDEN))) if activation else h[..., :HIDDEN]
         return jnp.sum(jnp.einsum("ecf,efd->ecd", h, down) * out)
 
     return jax.jit(jax.value_and_grad(run, (0, 1, 2))), (x, up, down, out)
