@@ -59,10 +59,6 @@ def columns(h: Float[Array, "... U F"]) -> list[Float[Array, "... F"]]:
     return [part[..., 0, :] for part in jnp.split(h, h.shape[-2], -2)]
 
 
-def gated(function: Callable[[Array], Array], gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Array:
-    return function(gate) * up
-
-
 def clamped_swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"], slope: float, limit: float) -> Array:
     """GPT-OSS's: both halves are clamped, the sigmoid has a slope, and the second half starts at 1."""
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
@@ -74,8 +70,8 @@ ACTIVATIONS: dict[str, Callable[..., Array]] = {  # of columns
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "quick_gelu": lambda h: h * jax.nn.sigmoid(1.702 * h),  # CLIP's approximation by a sigmoid
     "relu": jax.nn.relu,
-    "geglu": partial(gated, partial(jax.nn.gelu, approximate=True)),
-    "swiglu": partial(gated, jax.nn.silu),  # arXiv 2002.05202
+    "geglu": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "swiglu": lambda gate, up: jax.nn.silu(gate) * up,  # arXiv 2002.05202
     "clamped_swiglu": clamped_swiglu}
 
 

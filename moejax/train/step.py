@@ -175,10 +175,6 @@ def reduce(gradient: Array, weight: P, place: P) -> Array:
     return gradient
 
 
-# Without it the compiler for CPUs copies the optimizer's moments before it writes over them.
-ON_CPU = {"xla_cpu_copy_insertion_use_region_analysis": True}
-
-
 def make_step(sharded: Sharded, optimizer: optax.GradientTransformation,
               schedule: Schedule | None = None) -> Callable[..., Any]:
     """jitted (state, batch) -> (state, figures by name); the state given is consumed."""
@@ -187,10 +183,10 @@ def make_step(sharded: Sharded, optimizer: optax.GradientTransformation,
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         return update(state, *gradients_of(state.weights, batch, step_key(sharded, state.step)))
 
-    mesh = sharded.mesh
-    cpu = isinstance(mesh, jax.sharding.Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(sharded, optimizer), None),
-                   compiler_options=ON_CPU if cpu else None)
+    # Else the compiler for CPUs copies the optimizer's moments before it writes over them.
+    cpu = isinstance(sharded.mesh, jax.sharding.Mesh) and sharded.mesh.devices.flat[0].platform == "cpu"
+    how = {"xla_cpu_copy_insertion_use_region_analysis": True} if cpu else None
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(sharded, optimizer), None), compiler_options=how)
 
 
 def step_key(sharded: Sharded, step: Array) -> Array:
