@@ -55,7 +55,10 @@ def normed(x: Float[Array, "... D"], scale: Any, bias: Any, eps: float, center: 
 
 
 def columns(h: Float[Array, "... U F"]) -> list[Float[Array, "... F"]]:
-    """Gate and up, or up alone.  Their gradients are put side by side; those of slices would be padded and added."""
+    """Gate and up, or up alone.  Their gradients are put side by side; those of slices would be padded and added.
+
+    To be kept for the backward pass apart: CPUs read two stacks of layers faster than two slices of one.
+    """
     return [part[..., 0, :] for part in jnp.split(h, h.shape[-2], -2)]
 
 
@@ -65,7 +68,7 @@ def clamped_swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"], slope
     return gate * jax.nn.sigmoid(gate * slope) * (up + 1)
 
 
-ACTIVATIONS: dict[str, Callable[..., Array]] = {  # of columns
+ACTIVATIONS: dict[str, Callable[..., Array]] = {  # of what `columns` gives
     "gelu": partial(jax.nn.gelu, approximate=True),
     "gelu_exact": partial(jax.nn.gelu, approximate=False),
     "quick_gelu": lambda h: h * jax.nn.sigmoid(1.702 * h),  # CLIP's approximation by a sigmoid
@@ -77,7 +80,7 @@ ACTIVATIONS: dict[str, Callable[..., Array]] = {  # of columns
 
 @cache
 def activation(model: configs.Model) -> Callable[..., Array]:
-    """Of columns, equal for equal models."""
+    """The model's of ACTIVATIONS, equal for equal models."""
     function = ACTIVATIONS[model.activation]
     return partial(function, slope=model.clamp[0], limit=model.clamp[1]) if function is clamped_swiglu else function
 
@@ -93,8 +96,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], run: Pass) -> Float[Array, "B T D"]:
         h = plus(jnp.einsum("btd,duf->btuf", x, use(self.up, run.dtype)), self.up_bias)
-        act = lean(lambda down, *h: jnp.einsum("btf,fd->btd", self.activation(*h), down))
-        y = act(use(self.down, run.dtype), *columns(h))
+        project = lean(lambda down, *h: jnp.einsum("btf,fd->btd", self.activation(*h), down))
+        y = project(use(self.down, run.dtype), *columns(h))
         return y if self.down_bias is None else y + collectives.once(self.down_bias[...].astype(y.dtype))[None, None]
 
 
